@@ -1,0 +1,252 @@
+"""Checkpoints: written beside their place and renamed whole, with a manifest of hashes that is
+checked at load.
+
+STAGE/step-000400/student        an ordinary Hugging Face folder
+                 /discriminator  the same, the score head included
+                 /trainer        optimisers, in safetensors: opening it runs no code
+                 /manifest.json  step, facts, and a hash of every file
+STAGE/latest, STAGE/best         links
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as distributed_checkpoint
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from gadfly.errors import CheckpointError, RunFolderError
+from gadfly.run_folder import hash_file, write_text
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is whole on disk.
+
+    Attributes:
+        path: its folder.
+        step: the last step that went into it.
+        facts: what else the trainer must know to go on (JSON).
+        digest: a hash over the files of the models: equal for equal models.
+    """
+
+    path: Path
+    step: int
+    facts: dict[str, Any]
+    digest: str
+
+
+def save_checkpoint(
+    stage: Path, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]
+) -> Checkpoint:
+    """Let `write` fill a folder beside the stage's checkpoints, then rename it into place, as the `latest`.
+
+    Raises:
+        RunFolderError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    place = _place(stage, step)
+    beside = stage / f".{place.name}.tmp"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        write(beside)
+        files = sorted(path for path in beside.rglob("*") if path.is_file())
+        hashes = {path.relative_to(beside).as_posix(): hash_file(path) for path in files}
+        manifest = {"step": step, "facts": dict(facts), "files": hashes}
+        write_text(beside / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        if place.exists():
+            _delete(place)
+        os.replace(beside, place)
+        point(stage / "latest", place)
+    # The second is torch's, and no `Exception`.
+    except (Exception, CheckpointException) as failure:
+        shutil.rmtree(beside, ignore_errors=True)
+        reason = _reason(failure)
+        if reason is None:
+            raise
+        raise RunFolderError(
+            f"{place}: the checkpoint could not be written ({reason}); earlier ones are untouched. "
+            f"Make room or mend the folder, and run the same command to go on."
+        ) from failure
+    return Checkpoint(place, step, dict(facts), _digest(hashes))
+
+
+def _reason(failure: BaseException) -> str | None:
+    """Why a disk or a folder refused, in a line; None if the failure is of another kind."""
+    if isinstance(failure, CheckpointException):
+        return next(filter(None, (_reason(inner) for inner, _ in failure.failures.values())), None)
+    # The tokenizers library raises plain exceptions, with the system's error in the text.
+    if isinstance(failure, (OSError, SafetensorError, RunFolderError)) or "(os error " in str(failure):
+        return str(failure).strip().splitlines()[0]
+    return None
+
+
+def _place(stage: Path, step: int) -> Path:
+    return stage / f"step-{step:06d}"
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder so that a kill in between leaves no half of it in its place."""
+    beside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(beside, ignore_errors=True)
+    os.replace(folder, beside)
+    shutil.rmtree(beside)
+
+
+def _digest(files: dict[str, str]) -> str:
+    # Equal optimisers need not be equal files: safetensors writes their several notes in any order.
+    models = {name: digest for name, digest in files.items() if not name.startswith("trainer/")}
+    return hashlib.sha256(json.dumps(models, sort_keys=True).encode()).hexdigest()
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` a link to its neighbour `target`, at one stroke."""
+    beside = link.with_name(f".{link.name}.tmp")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target.name)
+    os.replace(beside, link)
+
+
+def checkpoint_steps(stage: Path) -> list[int]:
+    """Steps of the checkpoints of a stage, oldest first."""
+    names = (re.fullmatch(r"step-(\d{6,})", path.name) for path in stage.glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def latest_checkpoint(stage: Path) -> Checkpoint | None:
+    """The newest checkpoint of a stage, checked; None if there is none."""
+    steps = checkpoint_steps(stage)
+    return open_checkpoint(_place(stage, steps[-1])) if steps else None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint folder, after a check of every file against the manifest.
+
+    Raises:
+        CheckpointError: naming the file that is missing or altered.
+    """
+    path = path.resolve()
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint; give a folder such as RUN/gad/step-000400")
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        listed, step, facts = dict(manifest["files"]), int(manifest["step"]), dict(manifest["facts"])
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path / _MANIFEST}: missing, so this is no whole checkpoint{_way_out(path)}"
+        ) from None
+    except OSError as failure:
+        raise CheckpointError(
+            f"{path / _MANIFEST}: cannot be read: {failure.strerror}{_way_out(path)}"
+        ) from None
+    except (ValueError, KeyError, TypeError) as invalid:
+        raise CheckpointError(f"{path / _MANIFEST}: not a manifest ({invalid}){_way_out(path)}") from None
+    for name, digest in listed.items():
+        file = path / name
+        if "\0" in name or not file.resolve().is_relative_to(path):
+            raise CheckpointError(f"{path / _MANIFEST}: lists {name!r}, outside the folder; do not use it")
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, so the checkpoint is incomplete{_way_out(path)}")
+        if hash_file(file) != digest:
+            raise CheckpointError(f"{file}: altered since it was saved{_way_out(path)}")
+    # Readers take every file of weights they find, and only these.
+    for file in path.rglob("*.safetensors"):
+        if file.relative_to(path).as_posix() not in listed:
+            raise CheckpointError(f"{file}: not saved with this checkpoint; remove it")
+    return Checkpoint(path, step, facts, _digest(listed))
+
+
+def _way_out(path: Path) -> str:
+    """What to do about a damaged checkpoint. A folder that is none of ours is never to be deleted."""
+    steps = checkpoint_steps(path.parent)
+    own = [step for step in steps if _place(path.parent, step) == path]
+    if not own:
+        return "; give a folder such as RUN/gad/step-000400"
+    earlier = [step for step in steps if step < own[0]]
+    rest = f"step {earlier[-1]}" if earlier else "the stage's start"
+    return f"; restore it, or delete {path} to go on from {rest}"
+
+
+def prune_checkpoints(stage: Path, keep_last: int, best_step: int | None) -> None:
+    """Delete all but the newest checkpoints and the best one."""
+    for step in checkpoint_steps(stage)[:-keep_last]:
+        if step != best_step:
+            _delete(_place(stage, step))
+
+
+def drop_checkpoints_after(stage: Path, step: int) -> None:
+    """Delete the checkpoints newer than a step, to go on from there."""
+    for newer in reversed(checkpoint_steps(stage)):
+        if newer > step:
+            _delete(_place(stage, newer))
+    remove_unfinished(stage)
+
+
+def remove_unfinished(stage: Path) -> None:
+    """Delete what a kill in mid-save left behind, and put the links right."""
+    for path in stage.glob(".step-*"):
+        shutil.rmtree(path)
+    steps = checkpoint_steps(stage)
+    if steps:
+        point(stage / "latest", _place(stage, steps[-1]))
+    for link in (stage / "latest", stage / "best"):
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write tensors by name with `torch.distributed.checkpoint`, as safetensors."""
+    folder.mkdir()
+    with _one_process():
+        distributed_checkpoint.save(
+            tensors, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True
+        )
+
+
+def load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Read tensors written by `save_tensors` into those given, in place.
+
+    Raises:
+        CheckpointError: if names or shapes differ, or a file cannot be read.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except (OSError, SafetensorError) as failure:
+        raise CheckpointError(
+            f"{folder}: cannot be read: {failure}; restore it from an intact copy"
+        ) from None
+    saved = {
+        name: tuple(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
+    }
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = saved.get(name, "missing"), wanted.get(name, "missing")
+        if there != here:
+            raise CheckpointError(
+                f"{folder}: of another model than the recipe's: {name} has shape {there} there, {here} here"
+            )
+    with _one_process():
+        distributed_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    # It warns that there is no process group, which is what `no_dist=True` has just told it.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

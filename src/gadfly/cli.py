@@ -1,0 +1,138 @@
+"""The command line: the only place that prints results or sets an exit code.
+
+gadfly run recipe.toml [key=value ...]      every stage that is not done yet
+gadfly STAGE recipe.toml [key=value ...]    one stage
+gadfly demo                                 the whole method on a scripted teacher, in minutes
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import gadfly
+from gadfly.console import show_logs
+from gadfly.errors import GadflyError
+
+app = typer.Typer(
+    help="Distil any black-box LLM into your own model, on-policy, from the teacher's text alone.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings for this run, as in gad.group_size=4.", show_default=False),
+]
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Every stage that is not done yet, in order. Stopped at any moment, the same command goes on."""
+    typer.echo(f"report: {_do('run', recipe, overrides) / 'report.html'}")
+
+
+def _stage_command(name: str, help_text: str) -> None:
+    def command(recipe: RecipePath, overrides: Overrides = None) -> None:
+        typer.echo(f"{name}: done, in {_do(name, recipe, overrides)}")
+
+    app.command(name, help=help_text)(command)
+
+
+_stage_command("seqkd", "The baseline: SFT on the teacher's responses.")
+_stage_command("warmup", "SFT of the student, and the discriminator's first lessons on its fresh samples.")
+_stage_command("gad", "GRPO of the student against the live discriminator.")
+_stage_command("seqkd-equal-time", "The baseline again, for as many seconds as warmup and gad took.")
+_stage_command("generate", "Responses of checkpoints to the test prompts.")
+
+
+@app.command()
+def report(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """One HTML file with curves, samples and figures of what is there so far."""
+    typer.echo(f"report: {_do('report', recipe, overrides) / 'report.html'}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to put data, models and the run.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of data, models and samples.", min=0)] = 0,
+) -> None:
+    """The whole method on a scripted teacher and a forgetful student, with an exact count of answers."""
+    from gadfly.demo.demo import run_demo  # noqa: PLC0415  torch loads only where it is used
+
+    table = run_demo(folder, seed)
+    typer.echo(table)
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+def _do(name: str, recipe_path: Path, overrides: list[str] | None) -> Path:
+    """Do a stage, or all of them, and return the run folder."""
+    from gadfly.recipe_file import load_recipe  # noqa: PLC0415  `--help` needs no pydantic
+    from gadfly.stages.run import open_run  # noqa: PLC0415
+
+    with open_run(load_recipe(recipe_path, overrides or [])) as opened:
+        _stage(name)(opened)
+        return opened.folder.path
+
+
+def _stage(name: str) -> Callable[[Any], None]:
+    # Once recipe and run folder are known to be right: torch takes seconds to load. The report needs none.
+    if name == "report":
+        from gadfly.stages.report import report as write_report  # noqa: PLC0415
+
+        return write_report
+    from gadfly.stages.pipeline import STAGES, run_stages  # noqa: PLC0415
+
+    return run_stages if name == "run" else STAGES[name]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gadfly {gadfly.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+class _Stopped(SystemExit):
+    """Ctrl-C or a request to end; passes through `except Exception`, and typer leaves it alone."""
+
+
+def _stop(number: int, _: object) -> None:
+    raise _Stopped(128 + number)
+
+
+def main() -> None:
+    """Run a command; user errors are one line and an exit code, bugs keep their traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    console = show_logs()
+    try:
+        app()
+    except GadflyError as error:
+        console.end_line()
+        typer.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    except _Stopped:
+        console.end_line()
+        typer.echo("stopped; run the same command to go on", err=True)
+        raise

@@ -1,0 +1,115 @@
+"""The demo's files: two tiny models in random weights, their tokenizer, the teacher's answers."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from gadfly.demo.forgetful import ForgetfulConfig, ForgetfulForCausalLM
+from gadfly.demo.scripted_teacher import prompt, random_records, teacher_response, vocabulary
+
+PROMPT_TOKENS = len(prompt(random_records(seed=0, count=1)[0]).split())
+"""Tokens of every prompt: 13."""
+
+MAX_RESPONSE_TOKENS = 40
+"""Room for any answer of the teacher, at most 30 words and the end of turn, and for slips."""
+
+ROWS = {"train": 4096, "valid": 512, "test": 512}
+"""Number of records in each set; no record is in two."""
+
+_MEMORY_TOKENS = 6
+# Transformers' own 0.02 is meant for wide layers: in these, attention then learns to copy too late.
+_INITIALIZER_RANGE = 0.07
+
+
+def save_models(folder: Path, seed: int) -> None:
+    """Write `student` and `discriminator` into `folder`, in random weights that follow from `seed`.
+
+    The student (20,320 parameters) forgets; the discriminator (114,496) sees the whole text.
+    Torch's own random state stays as it was.
+    """
+    tokenizer = word_tokenizer()
+    shared = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": PROMPT_TOKENS + MAX_RESPONSE_TOKENS,
+        "initializer_range": _INITIALIZER_RANGE,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    student = ForgetfulConfig(
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        record_tokens=PROMPT_TOKENS,
+        memory_tokens=_MEMORY_TOKENS,
+        **shared,
+    )
+    discriminator = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **shared,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        models: dict[str, PreTrainedModel] = {
+            "student": ForgetfulForCausalLM(student),
+            "discriminator": LlamaForCausalLM(discriminator),
+        }
+    for name, model in models.items():
+        model.generation_config = GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def save_rows(folder: Path, seed: int) -> None:
+    """Write train, valid and test rows into `folder` as JSONL: one teacher answer a record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = iter(random_records(seed, sum(ROWS.values())))
+    rng = random.Random(f"answers {seed}")
+    for name, count in ROWS.items():
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            for number in range(count):
+                record = next(records)
+                row = {
+                    "id": f"{name}-{number:04d}",
+                    "prompt": prompt(record),
+                    "response": teacher_response(record, rng),
+                }
+                file.write(json.dumps(row) + "\n")
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word of the teacher's vocabulary; a prompt is rendered as its own text.
+
+    The control tokens are no words of it, so the text `<end>` is unknown and does not end a turn
+    where the tokenizer is told to split special tokens.
+    """
+    words = {word: number for number, word in enumerate(["<unk>", *vocabulary()])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<end>",
+        clean_up_tokenization_spaces=False,
+        chat_template="{{ messages | map(attribute='content') | join(' ') }}",
+    )

@@ -1,0 +1,177 @@
+"""The discriminator: a transformer, and a linear head that reads one score off a response's last token.
+
+It starts as a copy of the student's original model with a new head. The last token is the
+end-of-turn token of a finished response and a content token of an unfinished one, by the same rule
+for both roles (see `chat_template.py`).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationConfig, PreTrainedModel
+
+from gadfly.chat_template import Renderer, load_renderer
+from gadfly.errors import CheckpointError
+from gadfly.groups import Branch, Group
+from gadfly.models import Scores, open_pretrained
+from gadfly.packing import MicroBatch, micro_batches
+
+_HEAD_FILE = "score_head.safetensors"
+_PROBE_FILE = "probe.json"
+
+
+class Discriminator(nn.Module):
+    """Scores responses: `score = head(hidden state of the last token)`, the head in single precision.
+
+    Source: arXiv 2511.10643, section 2.2. Only score differences within a prompt enter loss and
+    reward.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, seed: int):
+        super().__init__()
+        self.backbone = backbone
+        hidden_size = backbone.config.get_text_config().hidden_size
+        dtype = torch.promote_types(backbone.dtype, torch.float32)
+        self.score_head = nn.Linear(hidden_size, 1, dtype=dtype)
+        with torch.no_grad():
+            random = torch.Generator().manual_seed(seed)
+            deviation = getattr(backbone.config, "initializer_range", 0.02)
+            self.score_head.weight.normal_(0.0, deviation, generator=random)
+            self.score_head.bias.zero_()
+
+    def forward(self, batch: MicroBatch) -> Float[Tensor, " row"]:
+        """One score a row."""
+        hidden = self.backbone(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        last = batch.num_prompt_columns + batch.response_lengths - 1
+        last_hidden = hidden[torch.arange(len(last), device=last.device), last]
+        # Outside autocast: scores in half precision would tie.
+        with torch.autocast(last_hidden.device.type, enabled=False):
+            scores: Tensor = self.score_head(last_hidden.to(self.score_head.weight.dtype)).squeeze(-1)
+        return scores
+
+
+def read_scores(model: nn.Module, batch: MicroBatch) -> Scores:
+    """Scores of a micro-batch, for the engine."""
+    return Scores(model(batch))
+
+
+def new_discriminator(name: str, dtype: str, seed: int) -> tuple[Discriminator, Renderer]:
+    """A discriminator with the weights of a language model and a new head drawn from the seed.
+
+    Raises:
+        UserError: if the model cannot be opened.
+    """
+    backbone, renderer = _load_backbone(name, dtype)
+    return Discriminator(backbone, seed).eval(), renderer
+
+
+def save_discriminator(
+    model: Discriminator, renderer: Renderer, folder: Path, probe: Sequence[Group]
+) -> None:
+    """Write a Hugging Face folder with the head beside it, and what the check at load needs.
+
+    Args:
+        model: what is saved.
+        renderer: its renderer.
+        folder: where to.
+        probe: groups whose teacher responses are stored as texts with their scores.
+    """
+    model.backbone.save_pretrained(folder)
+    renderer.tokenizer.save_pretrained(folder)
+    GenerationConfig(eos_token_id=sorted(renderer.end_ids)).save_pretrained(folder)
+    save_file(
+        {name: value.contiguous() for name, value in model.score_head.state_dict().items()},
+        folder / _HEAD_FILE,
+    )
+    texts = [
+        {"prompt_tokens": group.prompt_tokens, "response": branch.text, "finished": branch.finished}
+        for group in probe
+        for branch in group.teachers
+    ]
+    tokens = [renderer.response_tokens(text["response"], text["finished"]) for text in texts]
+    scores = _score(model, texts, tokens)
+    stored = {"dtype": _dtype_name(model), "texts": texts, "tokens": tokens, "scores": scores}
+    (folder / _PROBE_FILE).write_text(json.dumps(stored), encoding="utf-8")
+
+
+def load_discriminator(folder: str | Path, dtype: str = "float32") -> tuple[Discriminator, Renderer]:
+    """Open a saved discriminator and score its probe again.
+
+    Raises:
+        CheckpointError: if the head is missing or broken, or a probe text scores otherwise than it did.
+        UserError: if the model cannot be opened.
+    """
+    folder = Path(folder)
+    if not (folder / _HEAD_FILE).exists():
+        raise CheckpointError(
+            f"{folder}: no {_HEAD_FILE}, so this is no discriminator; give the folder of one"
+        )
+    backbone, renderer = _load_backbone(str(folder), dtype)
+    model = Discriminator(backbone, seed=0).eval()
+    try:
+        model.score_head.load_state_dict(load_file(folder / _HEAD_FILE))
+        probe = json.loads((folder / _PROBE_FILE).read_text(encoding="utf-8"))
+        texts, stored_tokens, stored_scores = probe["texts"], probe["tokens"], probe["scores"]
+        tolerance = _rounding(probe["dtype"], _dtype_name(model))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as failure:
+        reason = str(failure).splitlines()[0]
+        raise CheckpointError(f"{folder}: {_HEAD_FILE} or {_PROBE_FILE} is broken: {reason}") from failure
+    tokens = [renderer.response_tokens(text["response"], text["finished"]) for text in texts]
+    if tokens != stored_tokens:
+        raise CheckpointError(
+            f"{folder}: the tokenizer is not the one that was saved: it cuts a probe text into other tokens; "
+            f"restore the folder from an intact copy"
+        )
+    for number, (stored, now) in enumerate(zip(stored_scores, _score(model, texts, tokens), strict=True)):
+        if abs(stored - now) > tolerance * max(1.0, abs(stored)):
+            raise CheckpointError(
+                f"{folder}: probe text {number} scores {now:.4f}, {stored:.4f} when it was saved: the "
+                f"weights or the head are not those that were saved; restore the folder from an intact copy"
+            )
+    return model, renderer
+
+
+def _load_backbone(name: str, dtype: str) -> tuple[PreTrainedModel, Renderer]:
+    backbone, tokenizer = open_pretrained(AutoModel, name, dtype)
+    return backbone, load_renderer(tokenizer, _generation_config(name, backbone))
+
+
+def _generation_config(name: str, backbone: PreTrainedModel) -> GenerationConfig:
+    # `AutoModel` leaves it out, and the end-of-turn ids may be named there alone.
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return GenerationConfig.from_model_config(backbone.config)
+
+
+def _score(model: Discriminator, texts: list[dict[str, Any]], tokens: list[list[int]]) -> list[float]:
+    device = model.score_head.weight.device
+    scores = []
+    for text, response_tokens in zip(texts, tokens, strict=True):
+        branch = Branch(tuple(response_tokens), text["finished"], text["response"])
+        group = Group("probe", tuple(text["prompt_tokens"]), teachers=(branch,))
+        # One at a time: the score must not hang on what else is in the batch.
+        with torch.no_grad():
+            scores.append(float(model(micro_batches([group], 1, device)[0])))
+    return scores
+
+
+def _dtype_name(model: Discriminator) -> str:
+    return str(model.backbone.dtype).removeprefix("torch.")
+
+
+def _rounding(*dtypes: str) -> float:
+    """How far, relative to the score, another machine or type of weights may move it by rounding alone."""
+    return max(1e-3, *(16 * torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes))

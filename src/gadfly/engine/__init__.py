@@ -1,0 +1,6 @@
+"""Trains one role's model: forward, forward_backward, step, weights, state."""
+
+from gadfly.engine.engine import Engine, Objective, Output
+from gadfly.engine.schedule import scheduled_learning_rate
+
+__all__ = ["Engine", "Objective", "Output", "scheduled_learning_rate"]

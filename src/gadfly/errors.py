@@ -1,0 +1,46 @@
+"""Errors a user can cause or meet, each with the exit code the command line ends with.
+
+    GadflyError
+    ├── UserError            2   the recipe, the data or the folder is wrong
+    │   ├── ConfigError          every mistake of a recipe at once
+    │   ├── DataError            no usable row left, or a file that cannot be read
+    │   ├── RunFolderError       locked, read-only, disk full, or of another recipe
+    │   └── CheckpointError      half written, edited, or of another model
+    └── AlarmError           4   training stopped itself before it did harm
+
+Anything else is a bug and keeps its traceback.
+"""
+
+
+class GadflyError(Exception):
+    """Base of all errors that are shown as one line without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(GadflyError):
+    """Something the user can put right: says what, where, the value, and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """One line per mistake in a recipe or a `key=value`."""
+
+
+class DataError(UserError):
+    """A data set that cannot be read, or has no usable row left."""
+
+
+class RunFolderError(UserError):
+    """A run folder that is in use, cannot be written, or belongs to other settings."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is incomplete, altered, or does not fit the model."""
+
+
+class AlarmError(GadflyError):
+    """Training stopped because going on would spoil the model; nothing was updated."""
+
+    exit_code = 4

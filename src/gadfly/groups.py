@@ -1,0 +1,91 @@
+"""The unit of work: one prompt and its branches, in tokens.
+
+A SeqKD step is groups with teacher branches only, a discriminator step groups with all, a policy
+step the student branches. Letters: P prompts in a batch, G student branches and K teacher branches
+a group. The *rows* of a batch are its branches in order: group by group, teachers first, then
+students.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gadfly.chat_template import Renderer
+from gadfly.records import Row
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One response in tokens, the end-of-turn token included if and only if it finished.
+
+    `text` is what the tokens decode to, without that token.
+    """
+
+    tokens: tuple[int, ...]
+    finished: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt with its teacher and student responses.
+
+    Example:
+        >>> hi = Branch((5, 2), True, "hi")
+        >>> group = Group("7", (1, 4), teachers=(hi,), students=(hi, hi))
+        >>> len(group.branches), len(group.only_students().branches)
+        (3, 2)
+    """
+
+    id: str
+    prompt_tokens: tuple[int, ...]
+    teachers: tuple[Branch, ...] = ()
+    students: tuple[Branch, ...] = ()
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """Teachers first, then students: the order of rows everywhere."""
+        return self.teachers + self.students
+
+    def only_teachers(self) -> "Group":
+        """The group of an SFT step."""
+        return replace(self, students=())
+
+    def only_students(self) -> "Group":
+        """The group of a policy step."""
+        return replace(self, teachers=())
+
+
+def teacher_group(row: Row, renderer: Renderer, max_response_tokens: int) -> Group:
+    """A row in tokens: its prompt and its teacher responses.
+
+    A response over the cap is cut and becomes unfinished.
+    """
+    branches = []
+    for response in row.responses:
+        tokens = renderer.response_tokens(response.text, response.finished)
+        finished = response.finished and len(tokens) <= max_response_tokens
+        tokens = tokens[:max_response_tokens]
+        branches.append(Branch(tuple(tokens), finished, renderer.response_text(tokens)))
+    return Group(row.id, tuple(renderer.prompt_tokens(row.messages)), teachers=tuple(branches))
+
+
+def reread(groups: Sequence[Group], rows: Sequence[Row], renderer: Renderer) -> list[Group]:
+    """The groups as the discriminator reads them: both roles' text, tokenised afresh with its own
+    renderer.
+
+    Re-tokenised text may be longer than the cap; it is not cut again. Identical text gives
+    identical tokens, whatever ids it was sampled as and whichever role wrote it.
+    """
+    return [
+        Group(
+            group.id,
+            tuple(renderer.prompt_tokens(row.messages)),
+            teachers=tuple(_reread(branch, renderer) for branch in group.teachers),
+            students=tuple(_reread(branch, renderer) for branch in group.students),
+        )
+        for group, row in zip(groups, rows, strict=True)
+    ]
+
+
+def _reread(branch: Branch, renderer: Renderer) -> Branch:
+    return replace(branch, tokens=tuple(renderer.response_tokens(branch.text, branch.finished)))

@@ -1,0 +1,133 @@
+"""Groups to padded tensors: micro-batches of whole groups within a token budget, sorted by length.
+
+Prompts are padded on the left and responses on the right, so that in every row the response starts
+at the same column and lengths are data:
+
+    . . p p p | r r r . .
+    p p p p p | r r r r r
+
+Axes: `row` branches of the micro-batch, `token` response columns, `column` prompt and response
+    columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from gadfly.groups import Group
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some groups of a batch as tensors.
+
+    Attributes:
+        rows: index of each row among the rows of the whole batch.
+        group_index: which group of the whole batch a row belongs to.
+        is_teacher: whether the teacher wrote the row.
+        input_ids: prompt and response; padding holds id 0 and is masked.
+        attention_mask: 1 on real tokens.
+        position_ids: 0 at the first prompt token.
+        response_lengths: tokens of each response.
+        num_prompt_columns: columns before the responses.
+    """
+
+    rows: Int[Tensor, " row"]
+    group_index: Int[Tensor, " row"]
+    is_teacher: Bool[Tensor, " row"]
+    input_ids: Int[Tensor, "row column"]
+    attention_mask: Int[Tensor, "row column"]
+    position_ids: Int[Tensor, "row column"]
+    response_lengths: Int[Tensor, " row"]
+    num_prompt_columns: int
+
+    @property
+    def response_tokens(self) -> Int[Tensor, "row token"]:
+        """Ids of the responses, padded on the right."""
+        return self.input_ids[:, self.num_prompt_columns :]
+
+    @property
+    def response_mask(self) -> Bool[Tensor, "row token"]:
+        """True on response tokens, the end-of-turn token included."""
+        columns = torch.arange(self.response_tokens.shape[1], device=self.input_ids.device)
+        return columns < self.response_lengths[:, None]
+
+
+def micro_batches(groups: Sequence[Group], max_tokens: int, device: torch.device) -> list[MicroBatch]:
+    """Cut a batch into micro-batches of whole groups, of at most `max_tokens` tokens, padding included.
+
+    Groups are sorted by length, so little is padding. A single group over the budget is a
+    micro-batch of its own: its rows must be scored together. A group without branches is in none.
+    """
+    first_rows = _first_rows(groups)
+    order = sorted(range(len(groups)), key=lambda index: _longest(groups[index]))
+    cuts: list[list[int]] = []
+    for index in order:
+        if not groups[index].branches:
+            continue
+        if cuts and _padded_tokens([groups[i] for i in [*cuts[-1], index]]) <= max_tokens:
+            cuts[-1].append(index)
+        else:
+            cuts.append([index])
+    return [_pack(groups, indices, first_rows, device) for indices in cuts]
+
+
+def num_rows(groups: Sequence[Group]) -> int:
+    """Branches in a batch."""
+    return sum(len(group.branches) for group in groups)
+
+
+def num_response_tokens(groups: Sequence[Group]) -> int:
+    """Response tokens in a batch, end-of-turn tokens included: the normaliser of a token mean."""
+    return sum(len(branch.tokens) for group in groups for branch in group.branches)
+
+
+def _first_rows(groups: Sequence[Group]) -> list[int]:
+    starts, row = [], 0
+    for group in groups:
+        starts.append(row)
+        row += len(group.branches)
+    return starts
+
+
+def _longest(group: Group) -> tuple[int, int]:
+    return max((len(branch.tokens) for branch in group.branches), default=0), len(group.prompt_tokens)
+
+
+def _padded_tokens(groups: Sequence[Group]) -> int:
+    longest_prompt = max(len(group.prompt_tokens) for group in groups)
+    longest_response = max(_longest(group)[0] for group in groups)
+    return num_rows(groups) * (longest_prompt + longest_response)
+
+
+def _pack(
+    groups: Sequence[Group], indices: Sequence[int], first_rows: Sequence[int], device: torch.device
+) -> MicroBatch:
+    members = [
+        (index, place, branch) for index in indices for place, branch in enumerate(groups[index].branches)
+    ]
+    num_prompt_columns = max(len(groups[index].prompt_tokens) for index in indices)
+    num_response_columns = max(len(branch.tokens) for _, _, branch in members)
+    ids, mask = [], []
+    for index, _, branch in members:
+        prompt = groups[index].prompt_tokens
+        before = num_prompt_columns - len(prompt)
+        after = num_response_columns - len(branch.tokens)
+        ids.append([0] * before + [*prompt, *branch.tokens] + [0] * after)
+        mask.append([0] * before + [1] * (len(prompt) + len(branch.tokens)) + [0] * after)
+    attention_mask = torch.tensor(mask, device=device)
+    return MicroBatch(
+        rows=torch.tensor([first_rows[index] + place for index, place, _ in members], device=device),
+        group_index=torch.tensor([index for index, _, _ in members], device=device),
+        is_teacher=torch.tensor(
+            [place < len(groups[index].teachers) for index, place, _ in members], device=device
+        ),
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
+        response_lengths=torch.tensor([len(branch.tokens) for _, _, branch in members], device=device),
+        num_prompt_columns=num_prompt_columns,
+    )

@@ -1,0 +1,179 @@
+"""What one row of a data set may look like, and the prompt and teacher responses it holds.
+
+The prompt is `messages` (a list of role and content), `prompt` (text, or such a list) or `content`
+(such a list); of several the first in this order that is not null, since `messages` beside a
+`prompt` text is the whole conversation. The teacher's words are `response`, `teacher_response` or
+`responses`: one text, one object with `response`, `text` or `content`, or a list of those. Without
+any of them, a last turn of the assistant is the response. Every turn is kept as it is; fields not
+named here are not read.
+"""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from gadfly.records import Message, Row, TeacherResponse
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who may speak in a prompt."""
+
+_PROMPTS = ("messages", "prompt", "content")
+_RESPONSES = ("response", "teacher_response", "responses")
+_RESPONSE_TEXTS = ("response", "text", "content")
+
+FIELDS = ("id", *_PROMPTS, *_RESPONSES, "finish_reason", "teacher")
+"""Every field that is read; the columns to ask of a wide table."""
+
+# Short and printable whatever the value: it may be 10 MB long or nested a thousand deep.
+_EXCERPT = reprlib.Repr()
+_EXCERPT.maxstring = _EXCERPT.maxother = 80
+
+
+class BadField(ValueError):
+    """Why a row, or one of its responses, cannot be used.
+
+    Attributes:
+        reason: a fixed slug: broken-json, invalid-utf-8, wrong-type, no-prompt, empty-prompt,
+            bad-role, assistant-last, no-response, empty-response, content-filter or
+            duplicate-prompt.
+        detail: where in the row, with a short excerpt of the value.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        """Keep both parts; the message joins them."""
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def excerpt(value: object) -> str:
+    """The value in at most a hundred printable characters."""
+    return _EXCERPT.repr(value)[:100]
+
+
+def parse_row(fields: object, *, needs_response: bool) -> tuple[Row | None, list[BadField]]:
+    """Read one row; its `id` is empty where none is given.
+
+    A bad response is left out alone. The row is None if its prompt is bad, or if no response is
+    left and `needs_response` is true; the list says why, and is empty only for a row without fault.
+    """
+    bad: list[BadField] = []
+    try:
+        if not isinstance(fields, Mapping):
+            raise BadField("wrong-type", f"not an object of named fields: {excerpt(fields)}")
+        turns = _turns(fields)
+        given = _given_responses(fields)
+        if given is None:
+            given = [turns.pop().content] if turns and turns[-1].role == "assistant" else []
+        _check_prompt(turns)
+        if needs_response and not given:
+            raise BadField("no-response", f"none of {', '.join(_RESPONSES)} is given")
+        responses = []
+        reasons = _for_each(fields, "finish_reason", len(given))
+        teachers = _for_each(fields, "teacher", len(given))
+        for number, item in enumerate(given):
+            try:
+                responses.append(_response(item, reasons[number], teachers[number]))
+            except BadField as fault:
+                place = f"response {number + 1} of {len(given)}: " if len(given) > 1 else ""
+                bad.append(BadField(fault.reason, place + fault.detail))
+        row = Row(_identity(fields.get("id")), tuple(turns), tuple(responses))
+    except BadField as fault:
+        return None, [fault]
+    return (row if responses or not needs_response else None), bad
+
+
+def _turns(fields: Mapping[Any, Any]) -> list[Message]:
+    key = _first_given(fields, _PROMPTS)
+    if key is None:
+        raise BadField("no-prompt", f"fields: {excerpt(list(fields))}")
+    turns = fields[key]
+    if key == "prompt" and isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    if not isinstance(turns, list):
+        raise BadField("wrong-type", f"{key}: {excerpt(turns)}")
+    return [_message(turn, f"{key}[{number}]") for number, turn in enumerate(turns)]
+
+
+def _message(turn: object, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise BadField("wrong-type", f"{where}: {excerpt(turn)}")
+    role = _text(turn.get("role"), f"{where}.role")
+    if role not in ROLES:
+        raise BadField("bad-role", f"{where}.role: {excerpt(role)}")
+    return Message(role, _text(turn.get("content"), f"{where}.content"))
+
+
+def _check_prompt(turns: list[Message]) -> None:
+    if not turns:
+        raise BadField("empty-prompt", "no turn")
+    if turns[-1].role == "assistant":
+        raise BadField("assistant-last", excerpt(turns[-1].content))
+    # A blank system turn is common and harmless; a blank question has no answer.
+    for number, turn in enumerate(turns, start=1):
+        if not turn.content.strip() and (turn.role == "user" or number == len(turns)):
+            raise BadField("empty-prompt", f"turn {number} ({turn.role}): {excerpt(turn.content)}")
+
+
+def _given_responses(fields: Mapping[Any, Any]) -> list[Any] | None:
+    key = _first_given(fields, _RESPONSES)
+    if key is None:
+        return None
+    given = fields[key]
+    return given if isinstance(given, list) else [given]
+
+
+def _response(item: object, finish_reason: object, teacher: object) -> TeacherResponse:
+    if isinstance(item, Mapping):
+        finish_reason = _or_else(item.get("finish_reason"), finish_reason)
+        teacher = _or_else(item.get("teacher"), teacher)
+        key = _first_given(item, _RESPONSE_TEXTS)
+        item = None if key is None else item[key]
+    reason = None if finish_reason is None else _text(finish_reason, "finish_reason")
+    if reason == "content_filter":
+        raise BadField("content-filter", f"finish_reason: {reason}; response: {excerpt(item)}")
+    if item is None:
+        raise BadField("no-response", "null, or without text")
+    text = _text(item, "response")
+    if not text.strip():
+        raise BadField("empty-response", excerpt(text))
+    return TeacherResponse(
+        text,
+        finished=reason != "length",
+        teacher=None if teacher is None else _text(teacher, "teacher"),
+    )
+
+
+def _identity(given: object) -> str:
+    if isinstance(given, Mapping | list):
+        raise BadField("wrong-type", f"id: {excerpt(given)}")
+    return "" if given is None else _text(str(given), "id")
+
+
+def _for_each(fields: Mapping[Any, Any], key: str, count: int) -> list[Any]:
+    """The field's value for each response: one value holds for all, a list is parallel to them."""
+    value = fields.get(key)
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise BadField("wrong-type", f"{key}: {len(value)} values for {count} responses")
+    return value
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadField("wrong-type", f"{where}: {excerpt(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # A JSON escape such as \ud800 gives half a character, which no UTF-8 file can hold.
+        raise BadField("invalid-utf-8", f"{where}: {excerpt(value)}") from None
+    return value
+
+
+def _first_given(fields: Mapping[Any, Any], keys: tuple[str, ...]) -> str | None:
+    return next((key for key in keys if fields.get(key) is not None), None)
+
+
+def _or_else(value: object, default: object) -> object:
+    return default if value is None else value

@@ -1,0 +1,275 @@
+"""The run folder: who owns it, how files get there whole, and which stage is done.
+
+A file is written beside its place and renamed, so a kill at any moment leaves the old one or the new one.
+Rows are appended; the half row that a kill may leave is never read, and goes with the next append.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gadfly.config import Recipe
+from gadfly.errors import RunFolderError
+
+logger = logging.getLogger(__name__)
+
+# Settings that decide neither weights nor samples: how often or how fast something is done, where gad starts
+# (it notes the checkpoint itself), and whether another stage runs.
+_HARMLESS = {"save_every", "evaluate_every", "max_parallel_responses", "start_from", "equal_time"}
+
+Record = dict[str, Any]
+
+
+class RunFolder:
+    """`runs/NAME`, with one owner at a time.
+
+    Example:
+        >>> import tempfile
+        >>> run = RunFolder(Path(tempfile.mkdtemp()) / "a")
+        >>> with run.lock():
+        ...     run.write_json("summary.json", {"steps": 3})
+        >>> run.read_json("summary.json")
+        {'steps': 3}
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage; it need not exist."""
+        return self.path / name
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Own the folder while inside, creating it first. The system frees it however the owner ends.
+
+        Raises:
+            RunFolderError: another process owns it, or it cannot be written.
+        """
+        with contextlib.ExitStack() as held:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._take(held.enter_context(open(self.path / ".lock", "a+b", buffering=0)))
+            except OSError as failure:
+                raise RunFolderError(
+                    f"run_folder = {self.path}: cannot be written: {failure.strerror}; "
+                    f"choose another with run_folder=…"
+                ) from None
+            yield
+
+    def _take(self, file: FileIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            pid = file.read().decode()
+            owner = f"process {pid}" if pid else "another process"
+            raise RunFolderError(
+                f"run_folder = {self.path}: in use by {owner}; wait for it, stop it, or choose another name"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+
+    def read_json(self, name: str) -> Record:
+        """A JSON file of the folder; empty if it is not there."""
+        path = self.path / name
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except OSError as failure:
+            raise RunFolderError(f"{path}: cannot be read: {failure.strerror}") from None
+        except (ValueError, TypeError) as invalid:
+            raise RunFolderError(
+                f"{path}: not a JSON object ({invalid}); mend it, or delete it and run again"
+            ) from None
+
+    def write_json(self, name: str, content: Record) -> None:
+        """Write a JSON file whole."""
+        write_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def update_summary(self, section: str, content: Record) -> None:
+        """Merge `content` into one section of `summary.json`."""
+        summary = self.read_json("summary.json")
+        merge(summary.setdefault(section, {}), content)
+        self.write_json("summary.json", summary)
+
+    def rows(self, name: str) -> list[Record]:
+        """All rows of a JSONL file; a last line cut by a kill is left out.
+
+        Raises:
+            RunFolderError: naming a line that is no JSON.
+        """
+        path = self.path / name
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return []
+        except OSError as failure:
+            raise RunFolderError(f"{path}: cannot be read: {failure.strerror}") from None
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as invalid:
+                raise RunFolderError(
+                    f"{path}:{number}: not a JSON object ({invalid}); mend or delete that line"
+                ) from None
+        return rows
+
+    def append_rows(self, name: str, rows: list[Record]) -> None:
+        """Add rows to a JSONL file, on disk when this returns.
+
+        Raises:
+            RunFolderError: the disk is full or the file cannot be written; the rows before are untouched.
+        """
+        path = self.path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a+b") as file:
+                _drop_half_row(file)
+                file.write(_lines(rows).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as failure:
+            raise RunFolderError(
+                f"{path}: cannot be written: {failure.strerror}; the rows before are untouched. "
+                f"Make room or mend the folder, and run the same command to go on."
+            ) from None
+
+    def write_rows(self, name: str, rows: list[Record]) -> None:
+        """Write a JSONL file whole."""
+        write_text(self.path / name, _lines(rows))
+
+    def keep_rows(self, name: str, keep: Callable[[Record], bool]) -> None:
+        """Drop the rows of a JSONL file that `keep` refuses: those a resumed stage will write again."""
+        if (self.path / name).exists():
+            self.write_rows(name, [row for row in self.rows(name) if keep(row)])
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage has run to its end."""
+        return bool(self.read_json(f"{stage}/stage.json").get("done"))
+
+    def begin(self, stage: str, settings: Record) -> bool:
+        """Note what a stage is run with, or check that it is what the stage was begun with.
+
+        Returns:
+            Whether there is anything left to do; says so if there is not.
+
+        Raises:
+            RunFolderError: naming each setting that differs.
+        """
+        settings = json.loads(json.dumps(settings))
+        begun = self.read_json(f"{stage}/stage.json")
+        if not begun:
+            self.write_json(f"{stage}/stage.json", {"settings": settings, "done": False})
+            return True
+        changes = list(differences(begun["settings"], settings))
+        if changes:
+            state = "finished" if begun["done"] else "begun"
+            raise RunFolderError(
+                f"{self.stage(stage)}: {state} with other settings: {'; '.join(changes)}. "
+                f"Put them back, choose another name, or delete that folder to do the stage again."
+            )
+        if begun["done"]:
+            logger.info("%s: done already, %d steps in %.0f s", stage, begun["steps"], begun["seconds"])
+        return not begun["done"]
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Put a stage's steps and seconds into `summary.json`, then mark it as done."""
+        self.update_summary("stages", {stage: facts})
+        begun = self.read_json(f"{stage}/stage.json")
+        self.write_json(f"{stage}/stage.json", {**begun, **facts, "done": True})
+
+    def check_free_space(self, needed_bytes: int) -> None:
+        """Refuse to start a write that the disk cannot hold.
+
+        Raises:
+            RunFolderError: saying how much is free and how much is needed.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise RunFolderError(
+                f"{self.path}: {free / 1e6:.0f} MB free, a checkpoint needs {needed_bytes / 1e6:.0f} MB; "
+                f"make room and run the same command to go on"
+            )
+
+
+def stage_settings(recipe: Recipe, sections: tuple[str, ...]) -> Record:
+    """What decides a stage's result: the seed and the sections named, without the harmless keys."""
+    chosen = recipe.model_dump(mode="json", include=set(sections))
+    kept = {name: {k: v for k, v in chosen[name].items() if k not in _HARMLESS} for name in sections}
+    return {"seed": recipe.seed, **kept}
+
+
+def differences(old: Record, new: Record, prefix: str = "") -> Iterator[str]:
+    """Each setting that two records do not share, as `key = old, now new`."""
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key} = {before!r}, now {after!r}"
+
+
+def merge(into: Record, piece: Record) -> None:
+    """Put `piece` into `into`, table by table."""
+    for key, value in piece.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, then rename it there.
+
+    Raises:
+        RunFolderError: the disk is full or the folder cannot be written; the old file is untouched.
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as failure:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise RunFolderError(
+            f"{path}: cannot be written: {failure.strerror}; what was there is untouched. "
+            f"Make room or mend the folder, and run the same command to go on."
+        ) from None
+
+
+def _lines(rows: list[Record]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _drop_half_row(file: BinaryIO) -> None:
+    """Cut a JSONL file back to its last whole line."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

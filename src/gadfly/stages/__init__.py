@@ -1,0 +1,1 @@
+"""The stages of a run; they know the order of things."""

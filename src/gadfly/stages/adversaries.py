@@ -1,0 +1,173 @@
+"""Student and discriminator side by side, as warmup and gad need them: opened, sampled, saved together."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gadfly.checkpoint import Checkpoint, latest_checkpoint
+from gadfly.config import Training
+from gadfly.groups import Group
+from gadfly.models import Scores
+from gadfly.samplers import Sample
+from gadfly.stages.diagnostics import Metrics
+from gadfly.stages.evaluation import Evaluation, frozen_probe
+from gadfly.stages.examples import Batches, Example, training_examples
+from gadfly.stages.loop import TrainingLoop, training_loop
+from gadfly.stages.roles import (
+    DiscriminatorRole,
+    StudentRole,
+    open_discriminator,
+    open_student,
+    restore_optimizer,
+)
+from gadfly.stages.rollout import sample_groups
+from gadfly.stages.run import Run
+
+# Held-out responses stored with a saved discriminator, to be scored again when it is loaded.
+_STORED_PROBES = 8
+# Groups of a step kept for the report.
+_SHOWN_GROUPS = 2
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One step's fresh samples.
+
+    Attributes:
+        groups: teacher and student branches, in the student's tokens.
+        told: the same as the discriminator reads them.
+        samples: as they were drawn, with the sampler's log-probabilities.
+    """
+
+    groups: list[Group]
+    told: list[Group]
+    samples: list[list[Sample]]
+
+
+@dataclass(frozen=True)
+class Adversaries:
+    """The two players of a stage and the data they play on."""
+
+    run: Run
+    stage: str
+    student: StudentRole
+    discriminator: DiscriminatorRole
+    batches: Batches
+    valid: list[Example]
+    resumed_from: Checkpoint | None
+
+    def rollout(self, step: int, group_size: int) -> Rollout:
+        """Fresh samples of the student for the batch of a step."""
+        sampling = self.run.recipe.sampling
+        batch = self.batches(step)
+        groups, samples = sample_groups(
+            self.student.sampler,
+            self.student.renderer,
+            batch,
+            group_size=group_size,
+            temperature=sampling.temperature,
+            max_response_tokens=sampling.max_response_tokens,
+            seed=self.run.recipe.seed,
+            purpose=f"{self.stage}/{step}",
+        )
+        return Rollout(groups, self.discriminator.view(groups, batch), samples)
+
+    @contextmanager
+    def training_loop(self, total_steps: int, training: Training) -> Iterator[TrainingLoop]:
+        """The loop of the stage, evaluating and saving both players."""
+        with training_loop(
+            self.run,
+            self.stage,
+            total_steps=total_steps,
+            training=training,
+            engines={"student": self.student.engine, "discriminator": self.discriminator.engine},
+            write_models=self._write_models,
+            evaluate=self._evaluation(),
+            resumed_from=self.resumed_from,
+        ) as loop:
+            yield loop
+
+    def _write_models(self, folder: Path) -> None:
+        self.student.save(folder / "student")
+        stored = (self.valid or self.batches(1))[:_STORED_PROBES]
+        probe = self.discriminator.view([example.group for example in stored], stored)
+        self.discriminator.save(folder / "discriminator", probe)
+
+    def _evaluation(self) -> Callable[[], tuple[Metrics, list[dict[str, Any]]]] | None:
+        if not self.valid:
+            return None
+        recipe = self.run.recipe
+        probe = frozen_probe(
+            self.run.folder.stage(self.stage) / "probe.jsonl",
+            self.valid,
+            self.student,
+            self.discriminator,
+            temperature=recipe.sampling.temperature,
+            max_response_tokens=recipe.sampling.max_response_tokens,
+            seed=recipe.seed,
+        )
+        return Evaluation(
+            self.valid, self.student, recipe.sampling.max_response_tokens, self.discriminator, probe
+        )
+
+
+def open_adversaries(
+    run: Run,
+    stage: str,
+    training: Training,
+    *,
+    temperature: float,
+    start: Checkpoint | None,
+    discriminator_base: str | Path | None = None,
+) -> Adversaries:
+    """Open both players, from where the stage stopped or from where it starts.
+
+    Optimisers start afresh with each stage: their averages of one loss are no guide for the next.
+
+    Args:
+        run: the open run.
+        stage: its name.
+        training: the stage's section of the recipe.
+        temperature: at which the student's log-probabilities are read.
+        start: the stage before; None to start from the base models.
+        discriminator_base: what to put a new head on where there is no stage before (default: the recipe's).
+    """
+    recipe = run.recipe
+    resumed = latest_checkpoint(run.folder.stage(stage))
+    origin = resumed or start
+    source = origin.path / "student" if origin else recipe.student.model
+    student = open_student(recipe, source, temperature=temperature)
+    saved = origin.path / "discriminator" if origin else None
+    base = discriminator_base or recipe.discriminator.model or recipe.student.model
+    discriminator = open_discriminator(recipe, saved, base)
+    if resumed:
+        restore_optimizer(student.engine, resumed, "student")
+        restore_optimizer(discriminator.engine, resumed, "discriminator")
+    examples, valid = training_examples(run, student.model, student.renderer)
+    batches = Batches(examples, training.batch_prompts, recipe.seed, stage)
+    return Adversaries(run, stage, student, discriminator, batches, valid, resumed)
+
+
+def sample_rows(rollout: Rollout, batch: list[Example], scores: Scores) -> list[dict[str, Any]]:
+    """The first groups of a step as rows for `samples.jsonl`: every response with its score."""
+    rows, first = [], 0
+    for group, example in list(zip(rollout.groups, batch, strict=True))[:_SHOWN_GROUPS]:
+        values = scores.values[first : first + len(group.branches)].tolist()
+        first += len(group.branches)
+        samples = zip(group.students, values[len(group.teachers) :], strict=True)
+        rows.append(
+            {
+                "kind": "rollout",
+                "id": group.id,
+                "prompt": example.row.prompt,
+                "teacher": group.teachers[0].text,
+                "teacher_score": values[0],
+                "samples": [
+                    {"text": branch.text, "finished": branch.finished, "score": score}
+                    for branch, score in samples
+                ],
+            }
+        )
+    return rows

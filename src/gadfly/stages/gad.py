@@ -1,0 +1,137 @@
+"""GAD: the student is trained by GRPO against a discriminator that learns beside it.
+
+The loop is Algorithm 1 of the paper (arXiv 2511.10643), GAD training stage:
+
+    repeat
+      for each batch (x, y_t) ~ T:
+        sample student responses G(x)
+        update G using D(G(x)) as RL reward
+        update D with Bradley-Terry loss
+
+Within a step the reward is the score before the discriminator's update, and that scoring pass is
+also the discriminator's training pass. One update each.
+"""
+
+from pathlib import Path
+
+from gadfly.checkpoint import (
+    Checkpoint,
+    checkpoint_steps,
+    drop_checkpoints_after,
+    latest_checkpoint,
+    open_checkpoint,
+)
+from gadfly.engine import scheduled_learning_rate
+from gadfly.errors import CheckpointError
+from gadfly.losses import group_advantages
+from gadfly.objectives import discriminator_objective, grpo_objective
+from gadfly.stages.adversaries import open_adversaries, sample_rows
+from gadfly.stages.diagnostics import (
+    discriminator_metrics,
+    group_metrics,
+    policy_metrics,
+    rollout_metrics,
+    student_scores,
+)
+from gadfly.stages.roles import open_reference
+from gadfly.stages.run import Run
+
+
+def gad(run: Run) -> None:
+    """Train student and discriminator against each other, from warmup's end."""
+    recipe, settings = run.recipe, run.recipe.gad
+    start = _start(run)
+    if not run.folder.begin("gad", {**run.stage_settings("discriminator", "gad"), "start": start.digest}):
+        return
+    players = open_adversaries(
+        run,
+        "gad",
+        settings,
+        temperature=recipe.sampling.temperature,
+        start=start,
+    )
+    student, discriminator = players.student, players.discriminator
+    reference = None
+    if settings.kl_coefficient > 0:
+        reference = open_reference(recipe, start.path / "student", temperature=recipe.sampling.temperature)
+    total = players.batches.total_steps(settings.epochs, settings.max_steps)
+    discriminator_rate = settings.discriminator_learning_rate or recipe.discriminator.learning_rate
+
+    with players.training_loop(total, settings) as loop:
+        for step in loop:
+            rollout = players.rollout(step, settings.group_size)
+            loop.mark("sample")
+
+            objective = discriminator_objective(rollout.told, recipe.discriminator.loss)
+            scores, discriminator_loss = discriminator.engine.forward_backward(rollout.told, objective)
+            rewards = student_scores(scores, rollout.told)
+            loop.mark("discriminator")
+
+            policy = [group.only_students() for group in rollout.groups]
+            ref_logprobs = reference.forward(policy) if reference else None
+            loop.mark("reference")
+
+            policy_objective = grpo_objective(
+                policy,
+                group_advantages(rewards).flatten(),
+                ref_logprobs,
+                clip_range=settings.clip_range,
+                kl_coefficient=settings.kl_coefficient,
+            )
+            logprobs, student_loss = student.engine.forward_backward(policy, policy_objective)
+
+            # Both gradients are checked before either model moves.
+            discriminator_norm = discriminator.engine.clip_gradients()
+            student_norm = student.engine.clip_gradients()
+            discriminator.engine.step(discriminator_rate)
+            student.engine.step(
+                scheduled_learning_rate(settings.learning_rate, settings.learning_rate_schedule, step, total)
+            )
+            student.sampler.update(student.engine.weights())
+            loop.mark("student")
+
+            loop.log(
+                discriminator_metrics(scores, rollout.told)
+                | {
+                    "discriminator/loss": discriminator_loss,
+                    "discriminator/grad_norm": discriminator_norm,
+                }
+                | {"student/loss": student_loss, "student/grad_norm": student_norm}
+                | policy_metrics(logprobs, ref_logprobs, policy, rollout.samples)
+                | group_metrics(rewards, rollout.groups)
+                | rollout_metrics(rollout.groups)
+            )
+            if loop.is_evaluated(step):
+                loop.log_samples(sample_rows(rollout, players.batches(step), scores))
+
+
+def _start(run: Run) -> Checkpoint:
+    """The checkpoint the stage starts from: warmup's end, or the folder `gad.start_from` names.
+
+    A step as `gad.start_from` goes back to that checkpoint of this stage, once.
+    """
+    start_from, stage = run.recipe.gad.start_from, run.folder.stage("gad")
+    if isinstance(start_from, str) and start_from != "latest":
+        return open_checkpoint(Path(start_from))
+    if isinstance(start_from, int):
+        _go_back(run, start_from)
+    warmup = latest_checkpoint(run.folder.stage("warmup"))
+    if warmup is None or not run.folder.is_done("warmup"):
+        raise CheckpointError(
+            f"gad needs a discriminator: warmup under {stage.parent} is not done. "
+            f"Run `gadfly warmup RECIPE` first, or name a checkpoint with gad.start_from."
+        )
+    return warmup
+
+
+def _go_back(run: Run, step: int) -> None:
+    stage = run.folder.stage("gad")
+    begun = run.folder.read_json("gad/stage.json")
+    if begun.get("went_back_to") == step:
+        return
+    if step != 0 and step not in checkpoint_steps(stage):
+        kept = ", ".join(map(str, checkpoint_steps(stage))) or "none"
+        raise CheckpointError(f"gad.start_from = {step}: no such checkpoint in {stage}; kept steps: {kept}")
+    drop_checkpoints_after(stage, step)
+    if begun:
+        run.folder.write_json("gad/stage.json", {**begun, "done": False, "went_back_to": step})

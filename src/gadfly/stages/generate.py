@@ -1,0 +1,188 @@
+"""Responses of checkpoints to the test prompts, and what can be said of them without a judge."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gadfly.checkpoint import latest_checkpoint, open_checkpoint
+from gadfly.dataset import load_rows
+from gadfly.errors import CheckpointError, ConfigError
+from gadfly.records import Generation
+from gadfly.stages.examples import Example, check_context, tokenise
+from gadfly.stages.roles import StudentRole, open_student
+from gadfly.stages.rollout import sample_groups
+from gadfly.stages.run import Run
+from gadfly.statistics import Figure, mean, share
+from gadfly.text_metrics import repetition, rouge_l
+
+logger = logging.getLogger(__name__)
+
+_TRAINING_STAGES = ("seqkd", "seqkd-equal-time", "discriminator-lm", "warmup", "gad")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to generate with: the arm's name, what it is in full, and where it lies."""
+
+    name: str
+    checkpoint: str
+    source: str
+
+
+def generate(run: Run) -> None:
+    """Write `generations/SET.jsonl` for every test set, and its figures into `summary.json`.
+
+    What is there already of the same checkpoints and settings is kept.
+
+    Raises:
+        ConfigError: if the recipe names no test set.
+    """
+    if not run.recipe.data.test:
+        raise ConfigError('data.test: must be given to generate: test = { name = "file.jsonl" }')
+    sets = {name: load_rows(files, needs_response=False) for name, files in run.recipe.data.test.items()}
+    for name, data in sets.items():
+        run.note_bad_rows(f"test.{name}", data.bad, len(data.rows))
+    cap = run.recipe.generate.max_response_tokens or run.recipe.sampling.max_response_tokens
+    for model in _models(run):
+        student = None
+        for name, data in sets.items():
+            for temperature in run.recipe.generate.temperatures:
+                file = name if temperature == 0 else f"{name}-t{temperature:g}"
+                settings = [model.checkpoint, data.fingerprint, cap, temperature, run.recipe.seed]
+                missing = _forget_stale(run, file, model, settings, [row.id for row in data.rows])
+                if not missing and _has_figures(run, model, file):
+                    continue
+                student = student or open_student(run.recipe, model.source, temperature=1.0)
+                examples = tokenise(run, f"test.{name}", data.rows, student.renderer)
+                check_context(student.model, examples, cap)
+                _sample_missing(run, file, model, student, examples, missing, temperature, cap)
+                _write_figures(run, file, model, student, examples)
+
+
+def _models(run: Run) -> list[Model]:
+    names = run.recipe.generate.checkpoints or [
+        "base",
+        *(stage for stage in _TRAINING_STAGES if run.folder.is_done(stage)),
+    ]
+    return [_find(run, name) for name in names]
+
+
+def _find(run: Run, name: str) -> Model:
+    if name == "base":
+        return Model("base", run.recipe.student.model, run.recipe.student.model)
+    if name in _TRAINING_STAGES:
+        checkpoint = latest_checkpoint(run.folder.stage(name))
+        if checkpoint is None:
+            raise CheckpointError(
+                f"generate.checkpoints: no checkpoint of {name!r} under {run.folder.path}; "
+                f"run that stage first"
+            )
+    else:
+        path = next((path for path in (run.folder.path / name, Path(name)) if path.exists()), None)
+        if path is None:
+            raise CheckpointError(
+                f"generate.checkpoints: {name!r} is neither in {run.folder.path} nor a folder"
+            )
+        if not (path / "manifest.json").exists():
+            return Model(path.name, str(path), str(path))
+        checkpoint = open_checkpoint(path)
+    step = f"{checkpoint.path.parent.name}/{checkpoint.path.name}"
+    return Model(name, f"{step} ({checkpoint.digest[:8]})", str(checkpoint.path / "student"))
+
+
+def _forget_stale(
+    run: Run, file: str, model: Model, settings: Sequence[object], ids: Sequence[str]
+) -> list[str]:
+    """Drop rows of this model written with other settings; return the prompt ids still to be answered."""
+    state = run.folder.read_json("generations/state.json")
+    key, now = f"{file}/{model.name}", "|".join(map(str, settings))
+    path = f"generations/{file}.jsonl"
+    if state.get(key) != now:
+        run.folder.keep_rows(path, lambda row: row["model"] != model.name)
+        run.folder.write_json("generations/state.json", {**state, key: now})
+        return list(ids)
+    written = {row["id"] for row in run.folder.rows(path) if row["model"] == model.name}
+    return [id for id in ids if id not in written]
+
+
+def _has_figures(run: Run, model: Model, file: str) -> bool:
+    evaluation = run.folder.read_json("summary.json").get("evaluation", {})
+    return file in evaluation.get(model.name, {})
+
+
+def _sample_missing(
+    run: Run,
+    file: str,
+    model: Model,
+    student: StudentRole,
+    examples: Sequence[Example],
+    missing: Sequence[str],
+    temperature: float,
+    cap: int,
+) -> None:
+    wanted = set(missing)
+    todo = [example for example in examples if example.row.id in wanted]
+    # Rows are on disk after every batch, so a killed stage repeats at most one.
+    size = min(run.recipe.sampling.max_parallel_responses, 64)
+    for start in range(0, len(todo), size):
+        batch = todo[start : start + size]
+        groups, _ = sample_groups(
+            student.sampler,
+            student.renderer,
+            batch,
+            group_size=1,
+            temperature=temperature,
+            max_response_tokens=cap,
+            seed=run.recipe.seed,
+            purpose=f"generate/{file}",
+        )
+        rows = [
+            asdict(
+                Generation(
+                    model.name,
+                    model.checkpoint,
+                    example.row.id,
+                    example.row.prompt,
+                    branch.text,
+                    branch.finished,
+                )
+            )
+            for example, group in zip(batch, groups, strict=True)
+            for branch in group.students
+        ]
+        run.folder.append_rows(f"generations/{file}.jsonl", rows)
+        done = start + len(batch)
+        logger.info(
+            "generate %s %s %d/%d",
+            file,
+            model.name,
+            done,
+            len(todo),
+            extra={"live": True, "last": done == len(todo)},
+        )
+
+
+def _write_figures(
+    run: Run, file: str, model: Model, student: StudentRole, examples: Sequence[Example]
+) -> None:
+    rows = {
+        row["id"]: row for row in run.folder.rows(f"generations/{file}.jsonl") if row["model"] == model.name
+    }
+    answers = [rows[example.row.id] for example in examples]
+    lengths = [len(student.renderer.response_tokens(row["response"], row["finished"])) for row in answers]
+    figures: dict[str, Figure] = {
+        "response_tokens": mean([float(length) for length in lengths]),
+        "finished_fraction": share([bool(row["finished"]) for row in answers]),
+        "repetition": mean([repetition(row["response"]) for row in answers]),
+    }
+    told = [
+        (row["response"], [r.text for r in example.row.responses])
+        for row, example in zip(answers, examples, strict=True)
+    ]
+    if all(references for _, references in told):
+        figures["rouge_l"] = mean([rouge_l(response, references) for response, references in told])
+    run.folder.update_summary(
+        "evaluation",
+        {model.name: {file: {name: figure.as_record() for name, figure in figures.items()}}},
+    )

@@ -1,0 +1,168 @@
+"""What a run folder holds so far, read once.
+
+Any file may be missing: a run can be looked at while it goes.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from gadfly.config import Recipe
+from gadfly.metrics import without_time
+from gadfly.run_folder import Record, RunFolder
+from gadfly.statistics import Figure
+
+TRAINING_STAGES = ("seqkd", "discriminator-lm", "warmup", "gad", "seqkd-equal-time")
+
+# Evaluation of the models: model, test set, name of the figure.
+Evaluation = dict[str, dict[str, dict[str, Figure]]]
+
+
+@dataclass
+class Curve:
+    """One metric over the steps of a stage, finite values only.
+
+    Example:
+        >>> Curve([1.0, 2.0, 3.0, 4.0], [0.5, 0.6, 0.7, 0.9]).last_quarter()
+        0.9
+    """
+
+    steps: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    num_not_finite: int = 0
+    """Values left out since they are no finite number."""
+
+    def second_quarter(self) -> float:
+        """Mean over the second quarter of the points."""
+        start, size = len(self.values) // 4, max(1, len(self.values) // 4)
+        return fmean(self.values[start : start + size])
+
+    def last_quarter(self) -> float:
+        """Mean over the last quarter of the points."""
+        return fmean(self.values[-max(1, len(self.values) // 4) :])
+
+
+@dataclass(frozen=True)
+class StageState:
+    """How far a training stage has got, and with which settings it was begun."""
+
+    name: str
+    steps: int
+    seconds: float | None
+    """Wall time; None while it is not finished."""
+    best_step: int | None
+    settings: Record
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything the page is made from."""
+
+    recipe: Recipe
+    environment: Record
+    stages: dict[str, StageState]
+    data: Record
+    evaluation: Evaluation
+    curves: dict[str, dict[str, Curve]]
+    samples: list[Record]
+    generations: dict[str, list[Record]]
+
+    def curve(self, stage: str, metric: str) -> Curve | None:
+        """A curve with at least one point; None if there is none."""
+        curve = self.curves.get(stage, {}).get(metric)
+        return curve if curve and curve.values else None
+
+    @property
+    def test_sets(self) -> list[str]:
+        """Names of the test sets with figures, in the order they were written."""
+        return list(dict.fromkeys(name for sets in self.evaluation.values() for name in sets))
+
+
+def read_evidence(folder: RunFolder, recipe: Recipe) -> Evidence:
+    """Read a run folder.
+
+    Raises:
+        RunFolderError: a JSON file of the folder is not valid.
+    """
+    summary = folder.read_json("summary.json")
+    curves = _curves(folder.rows("metrics.jsonl"))
+    generations = sorted((folder.path / "generations").glob("*.jsonl"))
+    return Evidence(
+        recipe=recipe,
+        environment=folder.read_json("environment.json"),
+        stages=_stages(folder, summary.get("stages", {}), curves),
+        data=summary.get("data", {}),
+        evaluation=_evaluation(summary.get("evaluation", {})),
+        curves=curves,
+        samples=folder.rows("samples.jsonl"),
+        generations={path.stem: folder.rows(f"generations/{path.name}") for path in generations},
+    )
+
+
+def _curves(rows: Iterable[Record]) -> dict[str, dict[str, Curve]]:
+    curves: dict[str, dict[str, Curve]] = defaultdict(lambda: defaultdict(Curve))
+    for row in rows:
+        stage = curves[row["stage"]]
+        for name, value in without_time(row).items():
+            if name in ("stage", "step"):
+                continue
+            curve = stage[name]
+            if isinstance(value, int | float) and math.isfinite(value):
+                curve.steps.append(float(row["step"]))
+                curve.values.append(float(value))
+            else:
+                curve.num_not_finite += 1
+    return {stage: dict(metrics) for stage, metrics in curves.items()}
+
+
+def _stages(
+    folder: RunFolder, finished: Record, curves: dict[str, dict[str, Curve]]
+) -> dict[str, StageState]:
+    stages = {}
+    for name in dict.fromkeys((*TRAINING_STAGES, *finished, *curves)):
+        begun = folder.read_json(f"{name}/stage.json")
+        reached = [curve.steps[-1] for curve in curves.get(name, {}).values() if curve.steps]
+        if name not in finished and not reached and not begun:
+            continue
+        facts = finished.get(name, {})
+        stages[name] = StageState(
+            name,
+            steps=int(facts.get("steps", max(reached, default=0))),
+            seconds=float(facts["seconds"]) if "seconds" in facts else None,
+            best_step=_best_step(folder, name),
+            settings=begun.get("settings", {}),
+        )
+    return stages
+
+
+def _best_step(folder: RunFolder, stage: str) -> int | None:
+    link = folder.stage(stage) / "best"
+    number = link.readlink().name.removeprefix("step-") if link.is_symlink() else ""
+    return int(number) if number.isdecimal() else None
+
+
+def _evaluation(models: dict[str, Any]) -> Evaluation:
+    return {
+        model: {
+            name: {figure: _figure(record) for figure, record in figures.items() if _is_finite(record)}
+            for name, figures in sets.items()
+        }
+        for model, sets in models.items()
+    }
+
+
+def _is_finite(record: Record) -> bool:
+    return isinstance(record["value"], int | float) and math.isfinite(record["value"])
+
+
+def _figure(record: Record) -> Figure:
+    low, high = record["interval"]
+    return Figure(
+        float(record["value"]),
+        record["n"],
+        -math.inf if low is None else float(low),
+        math.inf if high is None else float(high),
+    )

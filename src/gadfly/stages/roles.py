@@ -1,0 +1,118 @@
+"""Student, discriminator and reference, opened for a stage: from the base models or from a checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from gadfly.chat_template import Renderer
+from gadfly.checkpoint import Checkpoint, load_tensors
+from gadfly.config import Optimizer, Recipe
+from gadfly.discriminator import (
+    Discriminator,
+    load_discriminator,
+    new_discriminator,
+    read_scores,
+    save_discriminator,
+)
+from gadfly.engine import Engine
+from gadfly.groups import Group, reread
+from gadfly.models import LogprobReader, Logprobs, Scores, load_language_model, save_language_model
+from gadfly.samplers import LocalSampler, Sampler
+from gadfly.stages.examples import Example
+
+
+@dataclass(frozen=True)
+class StudentRole:
+    """The model that learns, with its sampler."""
+
+    model: PreTrainedModel
+    renderer: Renderer
+    engine: Engine[Logprobs]
+    sampler: Sampler
+
+    def save(self, folder: Path) -> None:
+        """Write the student as a Hugging Face folder."""
+        save_language_model(self.model, self.renderer.tokenizer, folder)
+
+
+@dataclass(frozen=True)
+class DiscriminatorRole:
+    """The discriminator, with the renderer it reads text through (None: it reads the student's tokens)."""
+
+    model: Discriminator
+    renderer: Renderer
+    engine: Engine[Scores]
+    reads_text: bool
+
+    def view(self, groups: list[Group], batch: list[Example]) -> list[Group]:
+        """The groups as the discriminator reads them."""
+        return (
+            reread(groups, [example.row for example in batch], self.renderer) if self.reads_text else groups
+        )
+
+    def save(self, folder: Path, probe: list[Group]) -> None:
+        """Write the discriminator as a Hugging Face folder; `probe` is what its loader will re-score."""
+        save_discriminator(self.model, self.renderer, folder, probe)
+
+
+def open_student(
+    recipe: Recipe, source: str | Path, *, temperature: float, optimizer: Optimizer | None = None
+) -> StudentRole:
+    """The student from a model name or a folder.
+
+    Args:
+        recipe: for types, sizes and the optimiser.
+        source: what to open.
+        temperature: at which its log-probabilities are read.
+        optimizer: AdamW's settings, `recipe.student` by default.
+    """
+    if recipe.engine.num_threads is not None:
+        torch.set_num_threads(recipe.engine.num_threads)
+    model, renderer = load_language_model(str(source), recipe.student.dtype)
+    engine = Engine(
+        model,
+        LogprobReader(temperature),
+        micro_batch_tokens=recipe.engine.micro_batch_tokens,
+        precision=recipe.engine.precision,
+        optimizer=optimizer or recipe.student,
+    )
+    # One unsharded process: the sampler may share the student's tensors, and its update costs
+    # nothing.
+    sampler = LocalSampler(
+        model, renderer.end_ids, max_parallel_responses=recipe.sampling.max_parallel_responses
+    )
+    return StudentRole(model, renderer, engine, sampler)
+
+
+def open_reference(recipe: Recipe, source: str | Path, *, temperature: float) -> Engine[Logprobs]:
+    """The frozen student that the KL term holds on to."""
+    model, _ = load_language_model(str(source), recipe.student.dtype)
+    return Engine(
+        model,
+        LogprobReader(temperature),
+        micro_batch_tokens=recipe.engine.micro_batch_tokens,
+        precision=recipe.engine.precision,
+    )
+
+
+def open_discriminator(recipe: Recipe, saved: Path | None, base: str | Path) -> DiscriminatorRole:
+    """The discriminator: a saved one, or `base` with a new head."""
+    if saved is None:
+        model, renderer = new_discriminator(str(base), recipe.student.dtype, recipe.seed)
+    else:
+        model, renderer = load_discriminator(saved, recipe.student.dtype)
+    engine = Engine(
+        model,
+        read_scores,
+        micro_batch_tokens=recipe.engine.micro_batch_tokens,
+        precision=recipe.engine.precision,
+        optimizer=recipe.discriminator,
+    )
+    return DiscriminatorRole(model, renderer, engine, recipe.discriminator.reads == "text")
+
+
+def restore_optimizer(engine: Engine[Logprobs] | Engine[Scores], checkpoint: Checkpoint, role: str) -> None:
+    """Put the optimiser of a role back to where the checkpoint left it."""
+    load_tensors(engine.optimizer_state(), checkpoint.path / "trainer" / role)

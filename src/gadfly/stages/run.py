@@ -1,0 +1,129 @@
+"""An open run: its recipe, its locked folder, its data."""
+
+import contextlib
+import importlib.metadata
+import logging
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gadfly
+from gadfly.config import Recipe
+from gadfly.dataset import BadRow, hold_out, load_rows
+from gadfly.errors import ConfigError
+from gadfly.records import Row
+from gadfly.run_folder import RunFolder, stage_settings
+from gadfly.trackers import Tracker, open_trackers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The prompts of a run with their teacher responses, and a hash of their content."""
+
+    train: tuple[Row, ...]
+    valid: tuple[Row, ...]
+    fingerprint: str
+
+
+@dataclass
+class Run:
+    """What every stage gets."""
+
+    recipe: Recipe
+    folder: RunFolder
+    trackers: list[Tracker]
+
+    @cached_property
+    def data(self) -> Split:
+        """Training and held-out prompts; bad rows are listed in `bad_rows.jsonl` and counted in the
+        summary.
+
+        Raises:
+            ConfigError: if the recipe names no training data.
+            DataError: if a data set has no usable row.
+        """
+        config = self.recipe.data
+        if config.train is None:
+            raise ConfigError("data.train: must be given: a file with prompts and teacher responses")
+        train = load_rows(config.train, needs_response=True)
+        self.note_bad_rows("train", train.bad, len(train.rows))
+        if config.valid is None:
+            kept, held_out = hold_out(train.rows, float(config.valid_share))
+            return Split(kept, held_out, train.fingerprint)
+        valid = load_rows(config.valid, needs_response=True)
+        self.note_bad_rows("valid", valid.bad, len(valid.rows))
+        return Split(train.rows, valid.rows, f"{train.fingerprint}/{valid.fingerprint}")
+
+    def note_bad_rows(self, name: str, bad: Sequence[BadRow], num_kept: int) -> None:
+        """List what a set lost in `bad_rows.jsonl`, and count it by reason in the summary.
+
+        A later call for the same set (every stage tokenises anew) replaces the reasons it names.
+        """
+        counts = dict(Counter(row.reason for row in bad))
+        self.folder.keep_rows("bad_rows.jsonl", lambda row: row["set"] != name or row["reason"] not in counts)
+        self.folder.append_rows("bad_rows.jsonl", [{"set": name, **asdict(row)} for row in bad])
+        self.folder.update_summary("data", {name: {"rows": num_kept, "bad": counts}})
+        if bad:
+            shown = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+            logger.warning("data.%s: %d rows used, left out: %s (bad_rows.jsonl)", name, num_kept, shown)
+
+    def stage_settings(self, *sections: str) -> dict[str, Any]:
+        """What decides a stage's result: the seed, the sections named, and the content of the data."""
+        settings = stage_settings(self.recipe, ("data", "student", "sampling", *sections))
+        # Test sets may come and go, and a moved file with the same content is the same data.
+        settings["data"] = {
+            "valid_share": self.recipe.data.valid_share,
+            "content": self.data.fingerprint[:16],
+        }
+        for role in ("student", "discriminator"):
+            if role in settings and settings[role]["model"] is not None:
+                settings[role]["model"] = _model_identity(settings[role]["model"])
+        return settings
+
+
+def _model_identity(name: str) -> str:
+    """A hub name as it is; a folder by its own name and size, so that a run folder may move with it."""
+    if not Path(name).is_dir():
+        return name
+    total = sum(file.stat().st_size for file in Path(name).iterdir() if file.is_file())
+    return f"{Path(name).name} ({total} bytes)"
+
+
+@contextlib.contextmanager
+def open_run(recipe: Recipe) -> Iterator[Run]:
+    """Lock the run folder, note recipe and environment in it, and open the trackers."""
+    assert recipe.run_folder is not None, "load_recipe fills it in"
+    folder = RunFolder(recipe.run_folder)
+    with folder.lock():
+        folder.write_json("config.json", recipe.model_dump(mode="json"))
+        folder.write_json("environment.json", _environment())
+        trackers = open_trackers(
+            recipe.trackers.names,
+            project=recipe.trackers.project,
+            run_name=recipe.name,
+            folder=folder.path,
+            config=recipe.model_dump(mode="json"),
+        )
+        try:
+            yield Run(recipe, folder, trackers)
+        finally:
+            for tracker in trackers:
+                tracker.close()
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("torch", "transformers", "tokenizers", "numpy")
+    return {
+        "gadfly": gadfly.__version__,
+        "command": " ".join(sys.argv[1:]),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+    }

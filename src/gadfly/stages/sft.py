@@ -1,0 +1,116 @@
+"""SFT on the teacher's responses. One loop, three users: the SeqKD baseline, its equal-time twin, and the
+discriminator's language model.
+"""
+
+import logging
+from pathlib import Path
+
+from gadfly.checkpoint import latest_checkpoint
+from gadfly.config import Optimizer, Training
+from gadfly.engine import scheduled_learning_rate
+from gadfly.objectives import sft_objective
+from gadfly.stages.evaluation import Evaluation
+from gadfly.stages.examples import Batches, training_examples
+from gadfly.stages.loop import training_loop
+from gadfly.stages.roles import open_student, restore_optimizer
+from gadfly.stages.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def seqkd(run: Run) -> None:
+    """The baseline: SFT on the teacher's responses, no KL term (paper: SeqKD)."""
+    settings = run.stage_settings("seqkd")
+    del settings["seqkd"]["equal_time_learning_rate"]
+    if not run.folder.begin("seqkd", settings):
+        return
+    fine_tune(run, "seqkd", run.recipe.student.model, run.recipe.student, run.recipe.seqkd)
+
+
+def seqkd_equal_time(run: Run) -> None:
+    """The same for as many seconds as warmup and gad took together.
+
+    The seconds become steps once, by the pace of the finished `seqkd` stage; the steps are kept, so
+    that a resumed run ends where an undisturbed one does.
+    """
+    stage = "seqkd-equal-time"
+    if not run.folder.begin(stage, run.stage_settings("seqkd")):
+        return
+    plan = run.folder.read_json(f"{stage}/plan.json")
+    if not plan:
+        stages = run.folder.read_json("summary.json")["stages"]
+        arms = [name for name in ("discriminator-lm", "warmup", "gad") if name in stages]
+        seconds = sum(stages[name]["seconds"] for name in arms)
+        steps = max(1, round(seconds * stages["seqkd"]["steps"] / stages["seqkd"]["seconds"]))
+        plan = {"seconds": seconds, "steps": steps}
+        run.folder.write_json(f"{stage}/plan.json", plan)
+    logger.info("%s: %d steps for the %.0f seconds of warmup and gad", stage, plan["steps"], plan["seconds"])
+    settings = run.recipe.seqkd
+    training = settings.model_copy(
+        update={
+            "max_steps": plan["steps"],
+            "learning_rate": settings.equal_time_learning_rate or settings.learning_rate,
+        }
+    )
+    fine_tune(run, stage, run.recipe.student.model, run.recipe.student, training)
+
+
+def discriminator_lm(run: Run) -> None:
+    """Teach the discriminator's base model the teacher's language, before it learns to tell."""
+    config = run.recipe.discriminator
+    stage = "discriminator-lm"
+    if not run.folder.begin(stage, run.stage_settings("discriminator", "warmup")):
+        return
+    training = run.recipe.warmup.model_copy(
+        update={
+            "learning_rate": config.lm_learning_rate,
+            "batch_prompts": config.lm_batch_prompts,
+            "max_steps": config.lm_steps,
+        }
+    )
+    fine_tune(run, stage, config.model or run.recipe.student.model, config, training)
+
+
+def fine_tune(run: Run, stage: str, model: str, optimizer: Optimizer, training: Training) -> None:
+    """Train a model on the teacher's responses, each back-propagated once a step."""
+    recipe = run.recipe
+    resumed = latest_checkpoint(run.folder.stage(stage))
+    source = resumed.path / "student" if resumed else model
+    student = open_student(recipe, source, temperature=1.0, optimizer=optimizer)
+    if resumed:
+        restore_optimizer(student.engine, resumed, "student")
+    examples, valid = training_examples(run, student.model, student.renderer)
+    evaluation = Evaluation(valid, student, recipe.sampling.max_response_tokens) if valid else None
+    batches = Batches(examples, training.batch_prompts, recipe.seed, stage)
+    total = batches.total_steps(training.epochs, training.max_steps)
+
+    def write_models(folder: Path) -> None:
+        student.save(folder / "student")
+
+    with training_loop(
+        run,
+        stage,
+        total_steps=total,
+        training=training,
+        engines={"student": student.engine},
+        write_models=write_models,
+        evaluate=evaluation,
+        resumed_from=resumed,
+    ) as loop:
+        for step in loop:
+            groups = [example.group for example in batches(step)]
+            _, loss = student.engine.forward_backward(groups, sft_objective(groups))
+            norm = student.engine.clip_gradients()
+            learning_rate = scheduled_learning_rate(
+                training.learning_rate, training.learning_rate_schedule, step, total
+            )
+            student.engine.step(learning_rate)
+            student.sampler.update(student.engine.weights())
+            loop.mark("step")
+            loop.log(
+                {
+                    "student/loss": loss,
+                    "student/grad_norm": norm,
+                    "detail/learning_rate": learning_rate,
+                }
+            )

@@ -1,0 +1,125 @@
+"""Warmup: the student imitates the teacher while the discriminator learns to tell its fresh samples
+apart.
+
+    discriminator_only_steps     discriminator on samples of the untouched student
+    the epochs                   one SFT step of the student, one step of the discriminator on fresh
+    samples discriminator_final_steps    discriminator on samples of the finished student
+
+Source: arXiv 2511.10643, Algorithm 1 and appendix A.2.
+"""
+
+from dataclasses import dataclass
+
+from gadfly.checkpoint import latest_checkpoint
+from gadfly.config import WarmupConfig
+from gadfly.engine import scheduled_learning_rate
+from gadfly.objectives import discriminator_objective, sft_objective
+from gadfly.stages.adversaries import open_adversaries
+from gadfly.stages.diagnostics import (
+    Metrics,
+    discriminator_metrics,
+    group_metrics,
+    rollout_metrics,
+    student_scores,
+)
+from gadfly.stages.run import Run
+from gadfly.stages.sft import discriminator_lm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who moves at which step, counted from 1.
+
+    Example:
+        >>> plan = Plan(only=2, joint=4, final=1, discriminator_every=2)
+        >>> [plan.moves(step) for step in (1, 3, 4, 7)]
+        [(False, True), (True, False), (True, True), (False, True)]
+    """
+
+    only: int
+    joint: int
+    final: int
+    discriminator_every: int
+
+    @property
+    def total(self) -> int:
+        """All steps of the stage."""
+        return self.only + self.joint + self.final
+
+    def student_step(self, step: int) -> int:
+        """The student's own step number, for its learning-rate schedule."""
+        return step - self.only
+
+    def moves(self, step: int) -> tuple[bool, bool]:
+        """Whether the student moves, and whether the discriminator does."""
+        own = self.student_step(step)
+        if not 1 <= own <= self.joint:
+            return False, True
+        return True, self.discriminator_every > 0 and own % self.discriminator_every == 0
+
+
+def warmup(run: Run) -> None:
+    """Train student and discriminator up to where the adversarial game can start."""
+    recipe, settings = run.recipe, run.recipe.warmup
+    base = None
+    if recipe.discriminator.lm_steps > 0:
+        discriminator_lm(run)
+        learned = latest_checkpoint(run.folder.stage("discriminator-lm"))
+        assert learned is not None, "a finished stage has a checkpoint"
+        base = learned.path / "student"
+    if not run.folder.begin("warmup", run.stage_settings("discriminator", "warmup")):
+        return
+    players = open_adversaries(
+        run,
+        "warmup",
+        settings,
+        temperature=1.0,
+        start=None,
+        discriminator_base=base,
+    )
+    plan = _plan(settings, players.batches.total_steps(settings.epochs, settings.max_steps))
+    student, discriminator = players.student, players.discriminator
+    discriminator_rate = settings.discriminator_learning_rate or recipe.discriminator.learning_rate
+
+    with players.training_loop(plan.total, settings) as loop:
+        for step in loop:
+            student_moves, discriminator_moves = plan.moves(step)
+            metrics: Metrics = {}
+            if discriminator_moves:
+                rollout = players.rollout(step, settings.group_size)
+                loop.mark("sample")
+                objective = discriminator_objective(rollout.told, recipe.discriminator.loss)
+                scores, loss = discriminator.engine.forward_backward(rollout.told, objective)
+                metrics |= discriminator_metrics(scores, rollout.told) | {"discriminator/loss": loss}
+                metrics |= group_metrics(student_scores(scores, rollout.told), rollout.groups)
+                metrics |= rollout_metrics(rollout.groups)
+                metrics["discriminator/grad_norm"] = discriminator.engine.clip_gradients()
+                loop.mark("discriminator")
+            if student_moves:
+                teachers = [example.group for example in players.batches(step)]
+                _, metrics["student/loss"] = student.engine.forward_backward(
+                    teachers, sft_objective(teachers)
+                )
+                metrics["student/grad_norm"] = student.engine.clip_gradients()
+                student.engine.step(
+                    scheduled_learning_rate(
+                        settings.learning_rate,
+                        settings.learning_rate_schedule,
+                        plan.student_step(step),
+                        plan.joint,
+                    )
+                )
+                student.sampler.update(student.engine.weights())
+                loop.mark("student")
+            if discriminator_moves:
+                discriminator.engine.step(discriminator_rate)
+            loop.log(metrics)
+
+
+def _plan(settings: WarmupConfig, joint: int) -> Plan:
+    return Plan(
+        settings.discriminator_only_steps,
+        joint,
+        settings.discriminator_final_steps,
+        settings.discriminator_every,
+    )

@@ -1,0 +1,504 @@
+"""Each loss against numbers worked out by hand, slow loops, finite differences, and trl's own losses."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import random_groups
+from torch import Tensor
+
+from gadfly import losses
+from gadfly.config import Optimizer
+from gadfly.discriminator import Discriminator, new_discriminator, read_scores
+from gadfly.engine import Engine
+from gadfly.models import LogprobReader, load_language_model
+from gadfly.objectives import discriminator_objective, grpo_objective, sft_objective
+from gadfly.packing import micro_batches
+
+CPU = torch.device("cpu")
+NUMBERS = st.floats(-50, 50, allow_nan=False)
+
+
+def rows(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_scores(seed: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Scores, group numbers and roles of rows in random order, and how many pairs they make."""
+    rng = random.Random(seed)
+    sizes = [(rng.randint(1, 3), rng.randint(1, 4)) for _ in range(rng.randint(1, 4))]
+    members = [(g, i < k) for g, (k, n) in enumerate(sizes) for i in range(k + n)]
+    rng.shuffle(members)
+    scores = rows(*[rng.gauss(0, 3) for _ in members])
+    group_index = torch.tensor([group for group, _ in members])
+    is_teacher = torch.tensor([teacher for _, teacher in members])
+    return scores, group_index, is_teacher, sum(k * n for k, n in sizes)
+
+
+def random_policy(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities now, before and of the reference, advantages, and a mask of unequal lengths."""
+    random_numbers = torch.Generator().manual_seed(seed)
+    now, old, ref = torch.randn(3, 5, 7, generator=random_numbers, dtype=torch.float64) / 2 - 3
+    advantages = torch.randn(5, generator=random_numbers, dtype=torch.float64)
+    lengths = torch.randint(0, 8, (5,), generator=random_numbers)
+    lengths[0] = 7
+    return now, old, ref, advantages, torch.arange(7) < lengths[:, None]
+
+
+# Bradley-Terry
+
+
+def test_equal_scores_cost_log_two() -> None:
+    loss = losses.bradley_terry_loss(
+        rows(4.5, 4.5, 4.5), torch.tensor([0, 0, 0]), torch.tensor([True, False, False]), num_pairs=2
+    )
+    assert float(loss) == pytest.approx(math.log(2), abs=1e-15)
+
+
+def test_bradley_terry_over_two_prompts_two_samples_two_teachers_is_the_number_worked_by_hand() -> None:
+    # Differences 1, 2, 0, 1 and -2, -4, 2, 0; each costs log(1 + exp(-difference)).
+    worked = (
+        0.31326169 + 0.12692801 + 0.69314718 + 0.31326169 + 2.12692801 + 4.01814993 + 0.12692801 + 0.69314718
+    ) / 8
+    loss = losses.bradley_terry_loss(
+        rows(1, 0, 0, -1, -1, 3, 1, 3),
+        torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]),
+        torch.tensor([True, True, False, False, True, True, False, False]),
+        num_pairs=8,
+    )
+    assert float(loss) == pytest.approx(worked, abs=1e-7)
+
+
+def test_cross_entropy_is_the_number_worked_by_hand() -> None:
+    # -log sigmoid(1) twice, -log(1 - sigmoid(0)) and -log(1 - sigmoid(2)), over two pairs.
+    worked = (2 * 0.31326169 + 0.69314718 + 2.12692801) / 2
+    loss = losses.cross_entropy_loss(
+        rows(1, 0, 2), torch.tensor([0, 0, 0]), torch.tensor([True, False, False]), num_pairs=2
+    )
+    assert float(loss) == pytest.approx(worked, abs=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_pair_losses_equal_a_slow_loop(seed: int) -> None:
+    scores, group_index, is_teacher, num_pairs = random_scores(seed)
+    bradley_terry = cross_entropy = pairs = 0.0
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            if group_index[i] == group_index[j] and is_teacher[i] and not is_teacher[j]:
+                teacher, student = float(scores[i]), float(scores[j])
+                bradley_terry += math.log1p(math.exp(student - teacher))
+                cross_entropy += math.log1p(math.exp(-teacher)) + math.log1p(math.exp(student))
+                pairs += 1
+    assert pairs == num_pairs
+    batch = (scores, group_index, is_teacher)
+    loss = losses.bradley_terry_loss(*batch, num_pairs=num_pairs)
+    assert float(loss) == pytest.approx(bradley_terry / pairs, rel=1e-12)
+    loss = losses.cross_entropy_loss(*batch, num_pairs=num_pairs)
+    assert float(loss) == pytest.approx(cross_entropy / pairs, rel=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), shifts=st.lists(NUMBERS, min_size=4, max_size=4))
+def test_a_constant_added_to_all_scores_of_a_prompt_does_not_change_bradley_terry(
+    seed: int, shifts: list[float]
+) -> None:
+    scores, group_index, is_teacher, num_pairs = random_scores(seed)
+    loss = losses.bradley_terry_loss(scores, group_index, is_teacher, num_pairs=num_pairs)
+    shifted = scores + rows(*shifts)[group_index]
+    after = losses.bradley_terry_loss(shifted, group_index, is_teacher, num_pairs=num_pairs)
+    assert float(after) == pytest.approx(float(loss), rel=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), loss_name=st.sampled_from(["bradley_terry_loss", "cross_entropy_loss"]))
+def test_the_order_of_rows_and_the_cut_into_groups_do_not_change_pair_losses(
+    seed: int, loss_name: str
+) -> None:
+    loss_function = getattr(losses, loss_name)
+    scores, group_index, is_teacher, num_pairs = random_scores(seed)
+    whole = float(loss_function(scores, group_index, is_teacher, num_pairs=num_pairs))
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
+    batch = (scores[order], group_index[order], is_teacher[order])
+    assert float(loss_function(*batch, num_pairs=num_pairs)) == pytest.approx(whole, rel=1e-12)
+    shares = [
+        float(loss_function(*(values[group_index == group] for values in batch_), num_pairs=num_pairs))
+        for batch_ in [(scores, group_index, is_teacher)]
+        for group in group_index.unique()
+    ]
+    assert sum(shares) == pytest.approx(whole, rel=1e-12)
+
+
+def test_far_scores_cost_their_difference_and_not_infinity() -> None:
+    loss = losses.bradley_terry_loss(
+        torch.tensor([-500.0, 500.0]), torch.tensor([0, 0]), torch.tensor([True, False]), num_pairs=1
+    )
+    assert float(loss) == 1000.0
+
+
+# Advantages
+
+
+def test_advantages_divide_by_the_sample_standard_deviation() -> None:
+    # Mean 3, squares 4 + 1 + 0 + 9 over 4 - 1, root 2.1602469.
+    advantages = losses.group_advantages(rows(1, 2, 3, 6)[None])
+    assert advantages[0].tolist() == pytest.approx([-0.9258201, -0.4629100, 0, 1.3887301], abs=2e-6)
+
+
+def test_advantages_equal_a_slow_loop_that_adds_epsilon_to_the_deviation() -> None:
+    rewards = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-5
+    advantages = losses.group_advantages(rewards)
+    for group in range(6):
+        values = rewards[group].tolist()
+        mean = sum(values) / 5
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 4)
+        slow = [(value - mean) / (deviation + 1e-6) for value in values]
+        assert advantages[group].tolist() == pytest.approx(slow, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", range(2, 12))
+@pytest.mark.parametrize("reward", [0.0, 0.1, -115.3, 12345.678])
+def test_a_constant_group_has_no_advantage_however_far_from_zero(size: int, reward: float) -> None:
+    assert losses.group_advantages(torch.full((1, size), reward)).abs().max() == 0.0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rewards=st.lists(NUMBERS, min_size=2, max_size=8),
+    shift=NUMBERS,
+    scale=st.floats(0.5, 20),
+)
+def test_offset_and_scale_of_rewards_cancel_and_advantages_sum_to_zero(
+    rewards: list[float], shift: float, scale: float
+) -> None:
+    group = rows(*rewards)[None]
+    advantages = losses.group_advantages(group)
+    assert float(advantages.sum()) == pytest.approx(0, abs=1e-6)
+    assert torch.allclose(losses.group_advantages(group + shift), advantages, atol=1e-6)
+    if float(group.std()) > 0.01:
+        assert torch.allclose(losses.group_advantages(group * scale), advantages, atol=1e-3)
+
+
+def test_the_order_of_prompts_and_of_samples_changes_nothing_but_their_place() -> None:
+    rewards = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    advantages = losses.group_advantages(rewards)
+    permuted = losses.group_advantages(rewards[[2, 0, 1]][:, [3, 1, 0, 2]])
+    assert torch.allclose(permuted, advantages[[2, 0, 1]][:, [3, 1, 0, 2]], rtol=1e-12)
+
+
+def test_a_group_of_one_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        losses.group_advantages(torch.zeros(3, 1))
+
+
+# SFT, policy gradient, KL
+
+
+def test_sft_is_the_mean_over_tokens_and_not_over_responses() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0, -6.0], [-5.0, 99.0, 99.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    assert float(losses.sft_loss(logprobs, mask, num_tokens=4)) == 14 / 4
+
+
+def test_the_ratio_is_clipped_where_the_advantage_would_push_it_further_and_only_there() -> None:
+    # One token a row: ratio 1.5 and 0.5, each with advantage 2 and -2.
+    now = (rows(1.5, 1.5, 0.5, 0.5).log() - 1)[:, None].requires_grad_()
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    loss = losses.grpo_loss(
+        now, torch.full_like(now, -1), rows(2, -2, 2, -2), mask, clip_range=0.2, num_tokens=4
+    )
+    loss.backward()
+    # Gains 2.4 (clipped at 1.2), -3, 1, -1.6 (clipped at 0.8); what is clipped has no gradient.
+    assert loss.item() == pytest.approx(-(2.4 - 3 + 1 - 1.6) / 4, rel=1e-12)
+    assert now.grad is not None
+    assert now.grad.flatten().tolist() == pytest.approx([0, 1.5 * 2 / 4, -0.5 * 2 / 4, 0], rel=1e-12)
+
+
+def test_on_policy_the_gradient_of_each_token_is_its_advantage_over_all_tokens() -> None:
+    now, _, _, advantages, mask = random_policy(0)
+    now.requires_grad_()
+    losses.grpo_loss(now, now.detach(), advantages, mask, clip_range=0.2, num_tokens=20).backward()
+    assert now.grad is not None
+    assert torch.allclose(now.grad, torch.where(mask, -advantages[:, None] / 20, 0.0), rtol=1e-14)
+
+
+def test_k3_is_the_number_worked_by_hand() -> None:
+    # Differences -0.5 and 1: exp(-0.5) - 1 + 0.5 and e - 2.
+    kl = losses.kl_penalty(
+        rows(-1, -2)[None], rows(-1.5, -1)[None], torch.ones(1, 2, dtype=torch.bool), num_tokens=2
+    )
+    assert float(kl) == pytest.approx((0.10653066 + 0.71828183) / 2, abs=1e-8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(now=st.floats(-20, 0, width=32), difference=st.floats(-8, 8, width=32))
+def test_k3_is_never_negative_even_in_single_precision(now: float, difference: float) -> None:
+    logprob = torch.tensor([[now]])
+    kl = losses.kl_penalty(logprob, logprob + difference, torch.tensor([[True]]), num_tokens=1)
+    assert float(kl) >= 0
+
+
+def test_k3_of_a_small_step_is_right_in_single_precision() -> None:
+    now, reference = torch.tensor([[0.0]]), torch.tensor([[1e-4]])
+    kl = losses.kl_penalty(now, reference, torch.tensor([[True]]), num_tokens=1)
+    assert float(kl) == pytest.approx(5e-9, rel=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_policy_losses_equal_a_slow_loop(seed: int) -> None:
+    now, old, ref, advantages, mask = random_policy(seed)
+    policy = kl = sft = 0.0
+    for i in range(5):
+        for t in range(7):
+            if mask[i, t]:
+                ratio = math.exp(now[i, t] - old[i, t])
+                clipped = min(max(ratio, 0.9), 1.1)
+                policy -= min(ratio * float(advantages[i]), clipped * float(advantages[i]))
+                difference = float(ref[i, t] - now[i, t])
+                kl += math.exp(difference) - difference - 1
+                sft -= float(now[i, t])
+    tokens = int(mask.sum())
+    loss = losses.grpo_loss(now, old, advantages, mask, clip_range=0.1, num_tokens=tokens)
+    assert float(loss) == pytest.approx(policy / tokens, rel=1e-12)
+    assert float(losses.kl_penalty(now, ref, mask, num_tokens=tokens)) == pytest.approx(kl / tokens)
+    assert float(losses.sft_loss(now, mask, num_tokens=tokens)) == pytest.approx(sft / tokens)
+
+
+@pytest.mark.parametrize("junk", [0.0, 1e30, -math.inf, math.inf, math.nan])
+def test_padding_changes_neither_values_nor_gradients(junk: float) -> None:
+    now, old, ref, advantages, mask = random_policy(3)
+
+    def value_and_gradient(padding: int) -> tuple[Tensor, Tensor]:
+        def pad(values: Tensor, filler: float) -> Tensor:
+            wide = torch.cat([values, values.new_full((5, padding), filler)], dim=1)
+            return torch.where(torch.cat([mask, mask.new_zeros(5, padding)], 1), wide, filler)
+
+        wide_mask = torch.cat([mask, mask.new_zeros(5, padding)], 1)
+        variable = pad(now, junk).requires_grad_()
+        arguments = {"num_tokens": 9}
+        loss = (
+            losses.grpo_loss(variable, pad(old, junk), advantages, wide_mask, clip_range=0.2, **arguments)
+            + losses.kl_penalty(variable, pad(ref, junk), wide_mask, **arguments)
+            + losses.sft_loss(variable, wide_mask, **arguments)
+        )
+        (gradient,) = torch.autograd.grad(loss, variable)
+        return loss.detach(), gradient
+
+    loss, gradient = value_and_gradient(0)
+    wide_loss, wide_gradient = value_and_gradient(3)
+    assert math.isfinite(loss)
+    assert float(wide_loss) == pytest.approx(float(loss), rel=1e-12)
+    assert torch.equal(wide_gradient[:, :7], gradient)
+    assert bool((gradient[~mask] == 0).all())
+    assert bool((wide_gradient[:, 7:] == 0).all())
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), cut=st.integers(1, 4))
+def test_shares_of_micro_batches_add_up_to_the_policy_losses_of_the_whole(seed: int, cut: int) -> None:
+    now, old, ref, advantages, mask = random_policy(seed)
+    tokens = int(mask.sum())
+
+    def loss(part: slice) -> float:
+        policy = losses.grpo_loss(
+            now[part], old[part], advantages[part], mask[part], clip_range=0.2, num_tokens=tokens
+        )
+        kl = losses.kl_penalty(now[part], ref[part], mask[part], num_tokens=tokens)
+        return float(policy + kl + losses.sft_loss(now[part], mask[part], num_tokens=tokens))
+
+    assert loss(slice(cut)) + loss(slice(cut, None)) == pytest.approx(loss(slice(None)), rel=1e-9)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    scores, group_index, is_teacher, num_pairs = random_scores(4)
+    for pair_loss in (losses.bradley_terry_loss, losses.cross_entropy_loss):
+        assert torch.autograd.gradcheck(
+            lambda values, loss=pair_loss: loss(values, group_index, is_teacher, num_pairs=num_pairs),
+            scores.requires_grad_(),
+        )
+    now, old, ref, advantages, mask = random_policy(4)
+    now.requires_grad_()
+    for loss in (
+        lambda values: losses.grpo_loss(values, old, advantages, mask, clip_range=0.2, num_tokens=11),
+        lambda values: losses.kl_penalty(values, ref, mask, num_tokens=11),
+        lambda values: losses.sft_loss(values, mask, num_tokens=11),
+    ):
+        assert torch.autograd.gradcheck(loss, now)
+
+
+# trl's losses on the same batch, through the tiny model
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        largest = float(gradient.abs().max())
+        assert largest > 0
+        assert torch.allclose(gradient, theirs[name], rtol=0, atol=tolerance * largest), name
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo"])
+def test_policy_loss_and_gradients_are_those_of_trl(loss_type: str, tiny_model: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, renderer = load_language_model(str(tiny_model), "float64")
+    settings_ = GRPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        disable_tqdm=True,
+        report_to=[],
+        per_device_train_batch_size=4,
+        num_generations=4,
+        loss_type=loss_type,
+        epsilon=0.2,
+        beta=0.1,
+        temperature=0.8,
+        # The paper's trainer does not weight the KL term by the probability ratio.
+        use_bias_correction_kl=False,
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=len,
+        args=settings_,
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * 4}),
+        processing_class=renderer.tokenizer,
+    )
+    groups = random_groups(5, 3, teachers=0, students=4)
+    (batch,) = micro_batches(groups, 10**6, CPU)
+    mask = batch.response_mask
+    now = LogprobReader(0.8)(model, batch)
+    noise = torch.randn(2, *mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    old, ref = now.values.detach() + 0.5 * noise
+    advantages = losses.group_advantages(noise[0, :, 0].reshape(3, 4)).flatten()
+    num_tokens = int(mask.sum())
+    loss = losses.grpo_loss(
+        now.values, old, advantages, mask, clip_range=0.2, num_tokens=num_tokens
+    ) + 0.1 * losses.kl_penalty(now.values, ref, mask, num_tokens=num_tokens)
+    loss.backward()
+    ours = gradients(model)
+    model.zero_grad()
+
+    inputs = {
+        "prompt_ids": batch.input_ids[:, : batch.num_prompt_columns],
+        "prompt_mask": batch.attention_mask[:, : batch.num_prompt_columns],
+        "completion_ids": batch.response_tokens,
+        "completion_mask": mask.long(),
+        "advantages": advantages,
+        "old_per_token_logps": old,
+        "ref_per_token_logps": ref,
+        "num_items_in_batch": mask.sum(),
+    }
+    their_loss = trainer._compute_loss(model, inputs)
+    their_loss.backward()
+    # trl's projection to the vocabulary is in single precision, whatever the model is in.
+    assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
+    assert_same_gradients(ours, gradients(model), 1e-5)
+    model.zero_grad()
+
+    # At one update a batch the old log-probabilities are today's: the objective, in micro-batches.
+    engine = Engine(model, LogprobReader(0.8), micro_batch_tokens=40, optimizer=Optimizer())
+    reference = type(now)(ref[batch.rows.argsort()], ref)
+    in_row_order = torch.empty_like(advantages)
+    in_row_order[batch.rows] = advantages
+    objective = grpo_objective(groups, in_row_order, reference, clip_range=0.2, kl_coefficient=0.1)
+    _, total = engine.forward_backward(groups, objective)
+    ours = gradients(model)
+    model.zero_grad()
+    their_loss = trainer._compute_loss(model, inputs | {"old_per_token_logps": None})
+    their_loss.backward()
+    assert total == pytest.approx(their_loss.item(), rel=1e-5)
+    assert_same_gradients(ours, gradients(model), 1e-5)
+
+
+def test_bradley_terry_loss_and_gradients_are_those_of_trl_with_the_teacher_repeated(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    discriminator, renderer = new_discriminator(str(tiny_model), "float64", seed=0)
+    classifier = reward_model_of(discriminator, tiny_model)
+    trainer = RewardTrainer(
+        model=classifier,
+        args=RewardConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            activation_checkpointing=False,
+            disable_tqdm=True,
+            report_to=[],
+        ),
+        train_dataset=Dataset.from_dict({"chosen": ["a b"] * 2, "rejected": ["a c"] * 2}),
+        processing_class=renderer.tokenizer,
+    )
+    # trl finds the last token by its not being PAD; ours is padded with 0, which no random text holds.
+    classifier.config.pad_token_id = 0
+    groups = random_groups(6, 3, teachers=2, students=3)
+    engine = Engine(discriminator, read_scores, micro_batch_tokens=60, optimizer=Optimizer())
+    _, loss = engine.forward_backward(groups, discriminator_objective(groups, "bradley_terry"))
+
+    (batch,) = micro_batches(groups, 10**6, CPU)
+    group, teacher = batch.group_index, batch.is_teacher
+    pairs = [
+        (i, j)
+        for i in range(len(teacher))
+        for j in range(len(teacher))
+        if group[i] == group[j] and teacher[i] and not teacher[j]
+    ]
+    order = torch.tensor([i for i, _ in pairs] + [j for _, j in pairs])
+    inputs = {
+        "input_ids": batch.input_ids[order],
+        "attention_mask": batch.attention_mask[order],
+        "position_ids": batch.position_ids[order],
+    }
+    their_loss = trainer.compute_loss(classifier, inputs)
+    their_loss.backward()
+    assert loss == pytest.approx(their_loss.item(), rel=1e-9)
+    ours = {
+        name.replace("backbone.", "model.").replace("score_head.", "score."): gradient
+        for name, gradient in gradients(discriminator).items()
+        if name != "score_head.bias"
+    }
+    # transformers' RMSNorm rounds to single precision in any model, here once a pair and not once a row.
+    assert_same_gradients(ours, gradients(classifier), 1e-6)
+    # A constant added to all scores cancels.
+    assert abs(float(discriminator.score_head.bias.grad)) < 1e-15
+
+
+def reward_model_of(discriminator: Discriminator, folder: Path) -> torch.nn.Module:
+    """The same weights as transformers' reward model."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config).double().eval()
+    model.model.load_state_dict(discriminator.backbone.state_dict())
+    with torch.no_grad():
+        model.score.weight.copy_(discriminator.score_head.weight)
+    return model
+
+
+def test_sft_loss_and_gradients_are_those_of_torchs_cross_entropy(tiny_model: Path) -> None:
+    model, _ = load_language_model(str(tiny_model), "float64")
+    groups = random_groups(7, 4, teachers=2, students=0)
+    engine = Engine(model, LogprobReader(), micro_batch_tokens=40, optimizer=Optimizer())
+    _, loss = engine.forward_backward(groups, sft_objective(groups))
+    ours = gradients(model)
+    model.zero_grad()
+    (batch,) = micro_batches(groups, 10**6, CPU)
+    logits = model(batch.input_ids, batch.attention_mask, batch.position_ids).logits
+    logits = logits[:, batch.num_prompt_columns - 1 : -1]
+    mask = batch.response_mask
+    their_loss = torch.nn.functional.cross_entropy(logits[mask], batch.response_tokens[mask])
+    their_loss.backward()
+    assert loss == pytest.approx(their_loss.item(), rel=1e-9)
+    assert_same_gradients(ours, gradients(model), 1e-9)

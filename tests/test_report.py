@@ -1,0 +1,382 @@
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gadfly.config import Recipe
+from gadfly.errors import RunFolderError
+from gadfly.run_folder import RunFolder, stage_settings
+from gadfly.stages.report import report
+from gadfly.stages.report.reading import read_evidence
+from gadfly.stages.report.remarks import remarks
+from gadfly.stages.report.results import Verdict, result_tables
+
+Row = dict[str, Any]
+Shape = Callable[[float], float]
+
+STEPS = 120
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+# Metrics of a healthy gad stage as functions of how far it is, 0 to 1.
+CLEAN: dict[str, Shape] = {
+    "discriminator/accuracy": lambda done: 0.85 - 0.1 * done,
+    "discriminator/score_gap": lambda done: 1.5 + math.sin(6 * done),
+    "discriminator/loss": lambda done: 0.45 + 0.1 * done,
+    "group/zero_variance_fraction": lambda done: 0.02,
+    "group/score_std": lambda done: 0.8,
+    "rollout/length_ratio": lambda done: 1.1 - 0.1 * done,
+    "rollout/finished_fraction": lambda done: 0.95,
+    "detail/teacher_finished_fraction": lambda done: 1.0,
+    "student/kl_nats": lambda done: 0.2 * done,
+    "student/entropy_nats": lambda done: 1.0 - 0.4 * done,
+    "detail/sampler_gap_nats": lambda done: 1e-6,
+}
+HELD_OUT: dict[str, Shape] = {
+    "evaluation/rouge_l": lambda done: 0.3 + 0.1 * done,
+    "evaluation/repetition": lambda done: 0.1 - 0.05 * done,
+    "probe/accuracy": lambda done: 0.85,
+}
+
+
+@dataclass
+class Opened:
+    """An open run, as far as the report looks."""
+
+    recipe: Recipe
+    folder: RunFolder
+
+    def page(self) -> str:
+        report(self)
+        return (self.folder.path / "report.html").read_text(encoding="utf-8")
+
+    def remarks(self) -> list[str]:
+        return [remark.what for remark in remarks(read_evidence(self.folder, self.recipe))]
+
+    def verdict(self) -> Verdict:
+        (table,) = result_tables(read_evidence(self.folder, self.recipe))
+        return table.verdict
+
+
+def empty_run(path: Path, **sections: Any) -> Opened:
+    recipe = Recipe(
+        name="pirate", student={"model": "tiny"}, **{"data": {"test": {"ships": "ships.jsonl"}}, **sections}
+    )
+    run = Opened(recipe, RunFolder(path / "pirate"))
+    run.folder.write_json("config.json", recipe.model_dump(mode="json"))
+    return run
+
+
+def a_run(
+    path: Path, *, steps: int = STEPS, planted: dict[str, Shape] | None = None, seconds: float = 60.0
+) -> Opened:
+    """A finished run with nothing wrong but what is planted into the metrics of gad."""
+    run = empty_run(path)
+    shapes = CLEAN | HELD_OUT | (planted or {})
+    rows: list[Row] = []
+    for step in range(steps + 1):
+        row = {"stage": "gad", "step": step}
+        logged = {name: shape(step / steps) for name, shape in shapes.items()}
+        if step:
+            rows.append(row | {n: v for n, v in logged.items() if n not in HELD_OUT} | {"time/unix": seconds})
+        if step in (0, steps) or step % 50 == 0:
+            rows.append(row | {name: logged[name] for name in HELD_OUT})
+    rows += [{"stage": "seqkd", "step": step, "student/loss": 3 / step} for step in range(1, 41)]
+    run.folder.write_rows("metrics.jsonl", rows)
+    run.folder.write_rows("samples.jsonl", [evaluated(0, "aye"), evaluated(steps, "arr"), sampled(steps)])
+    stages = {name: {"steps": steps, "seconds": seconds} for name in ("seqkd", "warmup", "gad")}
+    run.folder.write_json(
+        "summary.json",
+        {
+            "stages": stages | {"seqkd-equal-time": {"steps": 2 * steps, "seconds": 2 * seconds}},
+            "data": {"train": {"rows": 400, "bad": {}}},
+            "evaluation": evaluation(base=0.1, seqkd=0.3, **{"seqkd-equal-time": 0.35}, gad=0.6),
+        },
+    )
+    run.folder.write_rows("generations/ships.jsonl", [generated("base", "hello"), generated("gad", "arr")])
+    return run
+
+
+def evaluated(step: int, response: str, **more: Any) -> Row:
+    row = {"stage": "gad", "step": step, "kind": "evaluation", "id": "v", "prompt": "Greet me."}
+    return row | {"teacher": "Ahoy!", "response": response, "finished": True} | more
+
+
+def sampled(step: int, scores: tuple[float, ...] = (0.5, 2.5, -1.5)) -> Row:
+    samples = [{"text": f"sample {place}", "finished": True, "score": s} for place, s in enumerate(scores)]
+    row = {"stage": "gad", "step": step, "kind": "rollout", "id": "t", "prompt": "Sing."}
+    return row | {"teacher": "Yo-ho", "samples": samples}
+
+
+def generated(model: str, response: str, **more: Any) -> Row:
+    row = {"model": model, "checkpoint": model, "id": "1", "prompt": "Who goes?", "response": response}
+    return row | {"finished": True} | more
+
+
+def figure(value: float, n: int = 200) -> Row:
+    return {"value": value, "n": n, "interval": [value - 0.05, value + 0.05]}
+
+
+def evaluation(main: str = "valid_fraction", **values: float) -> Row:
+    lengths = {"response_tokens": figure(19.0)}
+    return {model: {"ships": {main: figure(value)} | lengths} for model, value in values.items()}
+
+
+class Page(HTMLParser):
+    """A page taken apart; fails on a tag that is closed in the wrong place."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.words = ""
+        self.table_parents: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words += data
+
+    def values(self, attribute: str) -> list[str]:
+        return [value for _, name, value in self.attributes if name == attribute]
+
+
+def test_the_report_loads_no_torch() -> None:
+    code = "import sys, gadfly.stages.report; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_clean_run_has_no_remark(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    assert run.remarks() == []
+    assert "checks found anything unusual" in run.page()
+
+
+@pytest.mark.parametrize(
+    ("planted", "remark"),
+    [
+        (
+            {"discriminator/accuracy": lambda done: 0.97, "probe/accuracy": lambda done: 0.96},
+            "tells nearly every",
+        ),
+        ({"discriminator/accuracy": lambda done: 0.8 - 0.5 * done}, "is fooled"),
+        ({"group/zero_variance_fraction": lambda done: done}, "groups teach nothing"),
+        ({"rollout/length_ratio": lambda done: 1 - 0.5 * done}, "much shorter"),
+        ({"rollout/length_ratio": lambda done: 1 + done}, "much longer"),
+        ({"rollout/finished_fraction": lambda done: 0.8}, "cut off far more often"),
+        ({"student/kl_nats": lambda done: 0.01 * math.exp(5 * done)}, "drifts away"),
+        ({"student/entropy_nats": lambda done: 0.05}, "hardly varies"),
+        ({"evaluation/repetition": lambda done: 0.3 * done}, "repeat themselves"),
+        ({"detail/sampler_gap_nats": lambda done: 0.02}, "sampler and the trainer disagree"),
+        ({"probe/accuracy": lambda done: 0.55}, "worse on held-out prompts"),
+        ({"student/loss": lambda done: math.nan if done > 0.9 else 0.1}, "no finite number"),
+    ],
+)
+def test_a_planted_fault_gets_its_remark_and_no_other(
+    tmp_path: Path, planted: dict[str, Shape], remark: str
+) -> None:
+    run = a_run(tmp_path, planted=planted)
+    (found,) = run.remarks()
+    assert remark in found
+    assert found in run.page().replace("&#39;", "'")
+
+
+def test_few_steps_are_remarked_on(tmp_path: Path) -> None:
+    assert a_run(tmp_path, steps=16).remarks() == ["GAD was short"]
+
+
+def test_a_missing_baseline_and_bad_rows_are_remarked_on(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    bad = {"train": {"rows": 385, "bad": {"empty response": 12, "duplicate prompt": 3}}}
+    summary = run.folder.read_json("summary.json")
+    del summary["evaluation"]["seqkd-equal-time"]
+    run.folder.write_json("summary.json", summary | {"data": bad})
+    assert run.remarks() == [
+        "No baseline had as much time as GAD",
+        "Rows of the train data were left out",
+    ]
+    assert "15 rows left out, 385 used: duplicate prompt 3, empty response 12." in run.page()
+
+
+def test_a_stage_begun_with_other_settings_is_remarked_on(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    settings = stage_settings(run.recipe, ("data", "gad"))
+    settings["data"]["content"] = "c0ffee"
+    run.folder.begin("gad", settings | {"start": "c0ffee"})
+    assert run.remarks() == []
+    settings["gad"]["group_size"] = 4
+    run.folder.write_json("gad/stage.json", {"settings": settings, "done": True})
+    assert run.remarks() == ["GAD ran with other settings than this page shows"]
+    assert "gad.group_size = 4, now 8" in run.page()
+
+
+@pytest.mark.parametrize(
+    ("gad", "outcome", "is_gain"),
+    [(0.6, "above", True), (0.4, "not distinguishable", False), (0.2, "below", False)],
+)
+def test_the_verdict_follows_the_intervals(tmp_path: Path, gad: float, outcome: str, is_gain: bool) -> None:
+    run = empty_run(tmp_path)
+    run.folder.update_summary("evaluation", evaluation(base=0.1, gad=gad, **{"seqkd-equal-time": 0.35}))
+    verdict = run.verdict()
+    assert (verdict.outcome, verdict.is_gain) == (outcome, is_gain)
+    assert outcome in verdict.sentence
+    assert "SeqKD at equal time" in verdict.sentence
+    assert f"{gad:.3f} ({gad - 0.05:.3f}–{gad + 0.05:.3f}" in verdict.sentence  # noqa: RUF001
+    assert verdict.sentence in run.page()
+
+
+@pytest.mark.parametrize(
+    ("figures", "why"),
+    [
+        (evaluation(seqkd=0.3, gad=0.6), "Base and SeqKD, equal time not in the table"),
+        (evaluation(base=0.1, seqkd=0.3, gad=0.6), "SeqKD, equal time not in the table"),
+        (evaluation(base=0.6, gad=0.6, **{"seqkd-equal-time": 0.3}), "not above the base model"),
+        (evaluation("rouge_l", base=0.1, gad=0.6, **{"seqkd-equal-time": 0.3}), "ROUGE-L is a diagnostic"),
+    ],
+)
+def test_no_gain_is_claimed_without_its_evidence(tmp_path: Path, figures: Row, why: str) -> None:
+    run = empty_run(tmp_path)
+    run.folder.update_summary("evaluation", figures)
+    verdict = run.verdict()
+    assert verdict.outcome == "above"
+    assert not verdict.is_gain
+    assert why in verdict.caveats[0]
+    assert why in run.page()
+
+
+def test_without_gad_nothing_is_compared(tmp_path: Path) -> None:
+    run = empty_run(tmp_path)
+    run.folder.update_summary("evaluation", evaluation(base=0.1, seqkd=0.3))
+    assert run.verdict().outcome == "no comparison"
+    assert "GAD not in the table" in run.page()
+
+
+def test_a_lone_value_has_no_interval_and_decides_nothing(tmp_path: Path) -> None:
+    run = empty_run(tmp_path)
+    figures = evaluation(base=0.1, gad=0.6, **{"seqkd-equal-time": 0.3})
+    figures["gad"]["ships"]["valid_fraction"] = {"value": 1.0, "n": 1, "interval": [None, None]}
+    run.folder.update_summary("evaluation", figures)
+    assert run.verdict().outcome == "not distinguishable"
+    assert "no interval" in Page(run.page()).words
+
+
+HOSTILE = "</bdi></article><script>alert(1)</script><img src=x onerror='a()'>\"&amp; \x1b[31m\u202e\ud800\x00"
+
+
+def test_hostile_text_stays_text_wherever_it_stands(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    more = {"id": HOSTILE, "prompt": HOSTILE, "teacher": HOSTILE}
+    group = sampled(STEPS) | more | {"samples": [{"text": HOSTILE, "finished": False, "score": math.nan}]}
+    samples = [evaluated(0, HOSTILE, **more), evaluated(STEPS, HOSTILE, **more), group]
+    generations = [generated(model, HOSTILE, **more) for model in ("base", HOSTILE)]
+    figures = {HOSTILE: {HOSTILE: {HOSTILE: figure(0.5)}}}
+    for name, rows in (("samples.jsonl", samples), ("generations/ships.jsonl", generations)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (run.folder.path / name).write_text(lines, encoding="utf-8")
+    summary = run.folder.read_json("summary.json")
+    summary["evaluation"] |= figures
+    summary["data"] = {HOSTILE: {"rows": 1, "bad": {HOSTILE: 2}}}
+    (run.folder.path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+
+    html = run.page()
+    page = Page(html)
+    assert not page.tags & {"script", "img", "iframe", "object"}
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    shown = HOSTILE[: HOSTILE.index("\x1b")] + "«U+001B»[31m«U+202E»«U+D800»«U+0000»"
+    assert page.words.count(shown) >= 12
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", html)
+
+
+def test_a_huge_answer_is_shortened_and_its_length_told(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    run.folder.append_rows("generations/ships.jsonl", [generated("seqkd", "<" * 2**20)])
+    html = run.page()
+    assert len(html) < 1_000_000
+    assert "1,048,576 characters" in html
+
+
+@pytest.mark.parametrize(
+    "left", [(), ("metrics.jsonl",), ("summary.json",), ("samples.jsonl", "generations")]
+)
+def test_any_file_may_be_missing(tmp_path: Path, left: tuple[str, ...]) -> None:
+    run, whole = empty_run(tmp_path / "part"), a_run(tmp_path / "whole")
+    for name in left:
+        (whole.folder.path / name).rename(run.folder.path / name)
+    page = Page(run.page())
+    assert not re.search(r"\b(nan|inf|None(?! of the))\b", page.words)
+    assert "arXiv 2511.10643" in page.words
+
+
+def test_a_run_that_has_only_begun_seqkd_says_so(tmp_path: Path) -> None:
+    run = empty_run(tmp_path)
+    run.folder.append_rows("metrics.jsonl", [{"stage": "seqkd", "step": 7, "student/loss": 2.5}])
+    words = " ".join(Page(run.page()).words.split())
+    assert "Trained so far: SeqKD, 7 steps and not finished." in words
+    assert "2.50" in words
+
+
+def test_a_broken_summary_is_a_user_error(tmp_path: Path) -> None:
+    run = empty_run(tmp_path)
+    (run.folder.path / "summary.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"summary\.json"):
+        report(run)
+
+
+def test_the_page_loads_nothing_and_its_tables_scroll_in_their_own_box(tmp_path: Path) -> None:
+    html = a_run(tmp_path).page()
+    page = Page(html)
+    links = page.values("src") + page.values("href") + page.values("xlink:href")
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert not re.search(r"https?:|url\((?!#)|@import", html)
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
+    assert html.count("<table") == len(re.findall(r'<div class="scroll">\s*<table', html))
+
+
+def test_the_same_folder_gives_the_same_page_but_for_times(tmp_path: Path) -> None:
+    first, slower = a_run(tmp_path / "a"), a_run(tmp_path / "b", seconds=90.0)
+    assert first.page() == first.page()
+    without_times = [re.sub(r'<span class="time">[^<]*', "", run.page()) for run in (first, slower)]
+    assert without_times[0] == without_times[1]
+
+
+def test_a_long_run_is_drawn_in_few_points(tmp_path: Path) -> None:
+    run = a_run(
+        tmp_path, steps=20_000, planted={"student/grad_norm": lambda done: 1e300 * math.sin(1e4 * done)}
+    )
+    html = run.page()
+    Page(html)
+    assert len(html) < 3_000_000
+    assert max(path.count("L") for path in re.findall(r' d="([^"]*)"', html)) < 300
+
+
+def test_settings_that_differ_from_the_defaults_stand_apart(tmp_path: Path) -> None:
+    run = empty_run(tmp_path, gad={"group_size": 4})
+    words = Page(run.page()).words
+    changed, default = words.split("At the default")
+    assert "gad.group_size" in changed
+    assert "gad.clip_range" in default
