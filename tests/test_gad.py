@@ -1,4 +1,4 @@
-"""The stages against a slow twin: Algorithm 1 written out again, one response at a time, in double precision."""
+"""The stages against a slow twin: Algorithm 1 written out again, one response at a time, in float64."""
 
 import json
 from collections.abc import Sequence
@@ -74,7 +74,8 @@ def test_seqkd_is_the_token_mean_of_the_teachers_surprise(recipe_file: Path) -> 
         surprises = []
         for row in (example.row for example in batches(step)):
             response = [*tokenizer(row.responses[0].text)["input_ids"], END][:12]
-            surprises += [-lp for lp in token_logprobs(model, prompt_ids(tokenizer, row.prompt), response, 1.0)]
+            prompt = prompt_ids(tokenizer, row.prompt)
+            surprises += [-logprob for logprob in token_logprobs(model, prompt, response, 1.0)]
         (sum(surprises) / len(surprises)).backward()
         twin.step()
     assert_same_weights(model, run.folder.stage("seqkd") / "latest" / "student" / "model.safetensors")
@@ -169,7 +170,9 @@ def test_the_discriminator_starts_from_the_original_model_not_from_the_fine_tune
     assert any(not torch.allclose(value, student[f"model.{name}"]) for name, value in original.items())
 
 
-def test_the_student_stands_still_in_the_discriminators_own_steps(recipe_file: Path, tiny_model: Path) -> None:
+def test_the_student_stands_still_in_the_discriminators_own_steps(
+    recipe_file: Path, tiny_model: Path
+) -> None:
     settings = ["warmup.discriminator_only_steps=3", "warmup.save_every=1", "checkpoints.keep_last=9"]
     with open_run(load_recipe(recipe_file, settings)) as run:
         warmup(run)
@@ -195,7 +198,7 @@ def test_without_a_kl_coefficient_no_reference_is_read(recipe_file: Path) -> Non
 
 
 def test_fresh_accuracy_is_measured_before_the_update(recipe_file: Path) -> None:
-    # A learning rate that upsets every score at once: were it measured after, the first loss would not be near log 2.
+    # A rate that upsets every score at once: measured after, the first loss would not be near log 2.
     settings = ["discriminator.learning_rate=0.5", "warmup.max_steps=1", "warmup.discriminator_only_steps=1"]
     with open_run(load_recipe(recipe_file, settings)) as run:
         warmup(run)

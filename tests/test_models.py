@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import random_groups, sharp_model
+from tiny import forgetful_folder, random_groups, sharp_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -76,11 +76,16 @@ def assert_rows(values: Tensor, rows: list[list[float]], tolerance: float) -> No
         assert bool((got[len(expected) :] == 0).all())
 
 
+@pytest.mark.parametrize("name", ["tiny", "forgetful"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_entropies_equal_a_slow_loop_over_all_logits(
-    temperature: float, model: PreTrainedModel
+    temperature: float, name: str, model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    groups = random_groups(0, 5, teachers=1, students=2, lengths=[0, 1, 3, 7])
+    if name == "forgetful":
+        model, _ = load_language_model(str(forgetful_folder(tmp_path)), "float64")
+    groups = random_groups(
+        0, 5, teachers=1, students=2, lengths=[0, 1, 3, 7], vocabulary=model.config.vocab_size
+    )
     assert len({len(group.prompt_tokens) for group in groups}) > 2
     engine = Engine(model, LogprobReader(temperature), micro_batch_tokens=10**6)
     output = engine.forward(groups)

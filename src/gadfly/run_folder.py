@@ -126,7 +126,7 @@ class RunFolder:
         return rows
 
     def append_rows(self, name: str, rows: list[Record]) -> None:
-        """Add rows to a JSONL file, on disk when this returns.
+        """Add rows to a JSONL file; a kill of the process after this returns does not lose them.
 
         Raises:
             RunFolderError: the disk is full or the file cannot be written; the rows before are untouched.
@@ -137,8 +137,6 @@ class RunFolder:
             with open(path, "a+b") as file:
                 _drop_half_row(file)
                 file.write(_lines(rows).encode())
-                file.flush()
-                os.fsync(file.fileno())
         except OSError as failure:
             raise RunFolderError(
                 f"{path}: cannot be written: {failure.strerror}; the rows before are untouched. "

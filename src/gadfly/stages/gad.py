@@ -41,7 +41,8 @@ def gad(run: Run) -> None:
     """Train student and discriminator against each other, from warmup's end."""
     recipe, settings = run.recipe, run.recipe.gad
     start = _start(run)
-    if not run.folder.begin("gad", {**run.stage_settings("discriminator", "gad"), "start": start.digest}):
+    left = run.folder.begin("gad", {**run.stage_settings("discriminator", "gad"), "start": start.digest})
+    if not (_go_back(run) or left):
         return
     players = open_adversaries(
         run,
@@ -106,32 +107,28 @@ def gad(run: Run) -> None:
 
 
 def _start(run: Run) -> Checkpoint:
-    """The checkpoint the stage starts from: warmup's end, or the folder `gad.start_from` names.
-
-    A step as `gad.start_from` goes back to that checkpoint of this stage, once.
-    """
-    start_from, stage = run.recipe.gad.start_from, run.folder.stage("gad")
+    """The checkpoint the stage starts from: warmup's end, or the folder `gad.start_from` names."""
+    start_from = run.recipe.gad.start_from
     if isinstance(start_from, str) and start_from != "latest":
         return open_checkpoint(Path(start_from))
-    if isinstance(start_from, int):
-        _go_back(run, start_from)
     warmup = latest_checkpoint(run.folder.stage("warmup"))
     if warmup is None or not run.folder.is_done("warmup"):
         raise CheckpointError(
-            f"gad needs a discriminator: warmup under {stage.parent} is not done. "
+            f"gad needs a discriminator: warmup under {run.folder.path} is not done. "
             f"Run `gadfly warmup RECIPE` first, or name a checkpoint with gad.start_from."
         )
     return warmup
 
 
-def _go_back(run: Run, step: int) -> None:
-    stage = run.folder.stage("gad")
+def _go_back(run: Run) -> bool:
+    """Go back, once, if `gad.start_from` is a step of this stage. Returns whether it did."""
+    step, stage = run.recipe.gad.start_from, run.folder.stage("gad")
     begun = run.folder.read_json("gad/stage.json")
-    if begun.get("went_back_to") == step:
-        return
+    if isinstance(step, str) or begun.get("went_back_to") == step:
+        return False
     if step != 0 and step not in checkpoint_steps(stage):
         kept = ", ".join(map(str, checkpoint_steps(stage))) or "none"
         raise CheckpointError(f"gad.start_from = {step}: no such checkpoint in {stage}; kept steps: {kept}")
     drop_checkpoints_after(stage, step)
-    if begun:
-        run.folder.write_json("gad/stage.json", {**begun, "done": False, "went_back_to": step})
+    run.folder.write_json("gad/stage.json", {**begun, "done": False, "went_back_to": step})
+    return True

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gadfly.checkpoint import latest_checkpoint, open_checkpoint
+from gadfly.config import TRAINING_STAGES
 from gadfly.dataset import load_rows
 from gadfly.errors import CheckpointError, ConfigError
 from gadfly.records import Generation
@@ -17,8 +18,6 @@ from gadfly.statistics import Figure, mean, share
 from gadfly.text_metrics import repetition, rouge_l
 
 logger = logging.getLogger(__name__)
-
-_TRAINING_STAGES = ("seqkd", "seqkd-equal-time", "discriminator-lm", "warmup", "gad")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def generate(run: Run) -> None:
         raise ConfigError('data.test: must be given to generate: test = { name = "file.jsonl" }')
     sets = {name: load_rows(files, needs_response=False) for name, files in run.recipe.data.test.items()}
     for name, data in sets.items():
-        run.note_bad_rows(f"test.{name}", data.bad, len(data.rows))
+        run.bad_as_read[f"test.{name}"] = data.bad
     cap = run.recipe.generate.max_response_tokens or run.recipe.sampling.max_response_tokens
     for model in _models(run):
         student = None
@@ -50,20 +49,20 @@ def generate(run: Run) -> None:
             for temperature in run.recipe.generate.temperatures:
                 file = name if temperature == 0 else f"{name}-t{temperature:g}"
                 settings = [model.checkpoint, data.fingerprint, cap, temperature, run.recipe.seed]
-                missing = _forget_stale(run, file, model, settings, [row.id for row in data.rows])
-                if not missing and _has_figures(run, model, file):
+                _forget_stale(run, file, model, settings)
+                if _has_figures(run, file, model):
                     continue
                 student = student or open_student(run.recipe, model.source, temperature=1.0)
                 examples = tokenise(run, f"test.{name}", data.rows, student.renderer)
                 check_context(student.model, examples, cap)
-                _sample_missing(run, file, model, student, examples, missing, temperature, cap)
+                _sample_missing(run, file, model, student, examples, temperature, cap)
                 _write_figures(run, file, model, student, examples)
 
 
 def _models(run: Run) -> list[Model]:
     names = run.recipe.generate.checkpoints or [
         "base",
-        *(stage for stage in _TRAINING_STAGES if run.folder.is_done(stage)),
+        *(stage for stage in TRAINING_STAGES if run.folder.is_done(stage)),
     ]
     return [_find(run, name) for name in names]
 
@@ -71,7 +70,7 @@ def _models(run: Run) -> list[Model]:
 def _find(run: Run, name: str) -> Model:
     if name == "base":
         return Model("base", run.recipe.student.model, run.recipe.student.model)
-    if name in _TRAINING_STAGES:
+    if name in TRAINING_STAGES:
         checkpoint = latest_checkpoint(run.folder.stage(name))
         if checkpoint is None:
             raise CheckpointError(
@@ -88,25 +87,25 @@ def _find(run: Run, name: str) -> Model:
             return Model(path.name, str(path), str(path))
         checkpoint = open_checkpoint(path)
     step = f"{checkpoint.path.parent.name}/{checkpoint.path.name}"
-    return Model(name, f"{step} ({checkpoint.digest[:8]})", str(checkpoint.path / "student"))
+    arm = step if Path(name).is_absolute() else name
+    return Model(arm, f"{step} ({checkpoint.digest[:8]})", str(checkpoint.path / "student"))
 
 
-def _forget_stale(
-    run: Run, file: str, model: Model, settings: Sequence[object], ids: Sequence[str]
-) -> list[str]:
-    """Drop rows of this model written with other settings; return the prompt ids still to be answered."""
+def _forget_stale(run: Run, file: str, model: Model, settings: Sequence[object]) -> None:
+    """Drop figures and rows of this model that were made with other settings."""
     state = run.folder.read_json("generations/state.json")
     key, now = f"{file}/{model.name}", "|".join(map(str, settings))
-    path = f"generations/{file}.jsonl"
-    if state.get(key) != now:
-        run.folder.keep_rows(path, lambda row: row["model"] != model.name)
-        run.folder.write_json("generations/state.json", {**state, key: now})
-        return list(ids)
-    written = {row["id"] for row in run.folder.rows(path) if row["model"] == model.name}
-    return [id for id in ids if id not in written]
+    if state.get(key) == now:
+        return
+    summary = run.folder.read_json("summary.json")
+    summary.get("evaluation", {}).get(model.name, {}).pop(file, None)
+    run.folder.write_json("summary.json", summary)
+    run.folder.keep_rows(f"generations/{file}.jsonl", lambda row: row["model"] != model.name)
+    run.folder.write_json("generations/state.json", {**state, key: now})
 
 
-def _has_figures(run: Run, model: Model, file: str) -> bool:
+def _has_figures(run: Run, file: str, model: Model) -> bool:
+    """Whether everything is there: figures are written when the last answer is."""
     evaluation = run.folder.read_json("summary.json").get("evaluation", {})
     return file in evaluation.get(model.name, {})
 
@@ -117,12 +116,12 @@ def _sample_missing(
     model: Model,
     student: StudentRole,
     examples: Sequence[Example],
-    missing: Sequence[str],
     temperature: float,
     cap: int,
 ) -> None:
-    wanted = set(missing)
-    todo = [example for example in examples if example.row.id in wanted]
+    rows = run.folder.rows(f"generations/{file}.jsonl")
+    written = {row["id"] for row in rows if row["model"] == model.name}
+    todo = [example for example in examples if example.row.id not in written]
     # Rows are on disk after every batch, so a killed stage repeats at most one.
     size = min(run.recipe.sampling.max_parallel_responses, 64)
     for start in range(0, len(todo), size):

@@ -18,6 +18,7 @@ from typing import Any
 
 from gadfly.checkpoint import (
     Checkpoint,
+    checkpoint_steps,
     point,
     prune_checkpoints,
     remove_unfinished,
@@ -163,9 +164,14 @@ class TrainingLoop:
         facts = {"best": self._best, "seconds": self.seconds}
         save_checkpoint(self._folder, self.step, write, facts)
         self.last_saved = self.step
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Point `best` at the best checkpoint and delete those that are neither new nor best."""
         checkpoints = self._run.recipe.checkpoints
         best_step = int(self._best[0]) if self._best and checkpoints.keep_best else None
-        if best_step is not None:
+        # It may be gone: deleted by hand, or pruned before the stage went back.
+        if best_step in checkpoint_steps(self._folder):
             point(self._folder / "best", self._folder / f"step-{best_step:06d}")
         prune_checkpoints(self._folder, checkpoints.keep_last, best_step)
 
@@ -210,7 +216,9 @@ def training_loop(
             checkpoint.
     """
     loop = TrainingLoop(run, stage, total_steps, training, engines, write_models, evaluate, resumed_from)
+    # A kill may have come amid a save, or between a save and what follows it.
     remove_unfinished(run.folder.stage(stage))
+    loop.tidy()
     loop.forget_later_rows()
     if resumed_from:
         logger.info("%s: going on after step %d of %d", stage, resumed_from.step, total_steps)

@@ -7,7 +7,7 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Run:
     recipe: Recipe
     folder: RunFolder
     trackers: list[Tracker]
+    bad_as_read: dict[str, Sequence[BadRow]] = field(default_factory=dict)
 
     @cached_property
     def data(self) -> Split:
@@ -53,34 +54,38 @@ class Run:
         if config.train is None:
             raise ConfigError("data.train: must be given: a file with prompts and teacher responses")
         train = load_rows(config.train, needs_response=True)
-        self.note_bad_rows("train", train.bad, len(train.rows))
+        self.bad_as_read["train"] = train.bad
         if config.valid is None:
             kept, held_out = hold_out(train.rows, float(config.valid_share))
-            return Split(kept, held_out, train.fingerprint)
+            return Split(kept, held_out, train.fingerprint[:16])
         valid = load_rows(config.valid, needs_response=True)
-        self.note_bad_rows("valid", valid.bad, len(valid.rows))
-        return Split(train.rows, valid.rows, f"{train.fingerprint}/{valid.fingerprint}")
+        self.bad_as_read["valid"] = valid.bad
+        return Split(train.rows, valid.rows, f"{train.fingerprint[:16]}/{valid.fingerprint[:16]}")
 
-    def note_bad_rows(self, name: str, bad: Sequence[BadRow], num_kept: int) -> None:
-        """List what a set lost in `bad_rows.jsonl`, and count it by reason in the summary.
+    def note_bad_rows(self, name: str, too_long: Sequence[BadRow], num_kept: int) -> None:
+        """List all that a set lost in `bad_rows.jsonl`, and count it by reason in the summary.
 
-        A later call for the same set (every stage tokenises anew) replaces the reasons it names.
+        Every stage tokenises anew; what an earlier one noted of the set is replaced.
         """
+        bad = [*self.bad_as_read.get(name, ()), *too_long]
         counts = dict(Counter(row.reason for row in bad))
-        self.folder.keep_rows("bad_rows.jsonl", lambda row: row["set"] != name or row["reason"] not in counts)
-        self.folder.append_rows("bad_rows.jsonl", [{"set": name, **asdict(row)} for row in bad])
-        self.folder.update_summary("data", {name: {"rows": num_kept, "bad": counts}})
+        others = [row for row in self.folder.rows("bad_rows.jsonl") if row["set"] != name]
+        self.folder.write_rows("bad_rows.jsonl", [*others, *({"set": name, **asdict(row)} for row in bad)])
+        summary = self.folder.read_json("summary.json")
+        summary.setdefault("data", {})[name] = {"rows": num_kept, "bad": counts}
+        self.folder.write_json("summary.json", summary)
         if bad:
             shown = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
             logger.warning("data.%s: %d rows used, left out: %s (bad_rows.jsonl)", name, num_kept, shown)
 
     def stage_settings(self, *sections: str) -> dict[str, Any]:
         """What decides a stage's result: the seed, the sections named, and the content of the data."""
-        settings = stage_settings(self.recipe, ("data", "student", "sampling", *sections))
+        settings = stage_settings(self.recipe, ("student", "sampling", "evaluation", *sections))
         # Test sets may come and go, and a moved file with the same content is the same data.
         settings["data"] = {
             "valid_share": self.recipe.data.valid_share,
-            "content": self.data.fingerprint[:16],
+            "over_long_responses": self.recipe.data.over_long_responses,
+            "content": self.data.fingerprint,
         }
         for role in ("student", "discriminator"):
             if role in settings and settings[role]["model"] is not None:

@@ -59,7 +59,12 @@ def discriminator_lm(run: Run) -> None:
     """Teach the discriminator's base model the teacher's language, before it learns to tell."""
     config = run.recipe.discriminator
     stage = "discriminator-lm"
-    if not run.folder.begin(stage, run.stage_settings("discriminator", "warmup")):
+    settings = run.stage_settings("discriminator")
+    # What the discriminator does later is nothing to its first lessons.
+    for later in ("reads", "loss", "learning_rate"):
+        del settings["discriminator"][later]
+    settings["learning_rate_schedule"] = run.recipe.warmup.learning_rate_schedule
+    if not run.folder.begin(stage, settings):
         return
     training = run.recipe.warmup.model_copy(
         update={
