@@ -320,6 +320,49 @@ def test_an_engine_puts_its_model_into_eval_mode(student: PreTrainedModel) -> No
     assert engine.device == torch.device("cpu")
 
 
+# Half precision
+
+
+def test_half_precision_products_leave_scores_logprobs_weights_and_gradients_in_single_precision(
+    tiny_model: Path,
+) -> None:
+    groups = random_groups(2, 20, lengths=range(3, 8))
+    model = new_discriminator(str(tiny_model), "float32", seed=0)[0]
+    outputs, found = {}, {}
+    for precision in ("float32", "bfloat16"):
+        engine = Engine(
+            copy.deepcopy(model),
+            read_scores,
+            micro_batch_tokens=200,
+            precision=precision,
+            optimizer=Optimizer(),
+        )
+        scores, _ = engine.forward_backward(groups, discriminator_objective(groups, "bradley_terry"))
+        outputs[precision], found[precision] = scores.values, gradients(engine)
+        engine.step(1e-3)
+        assert {value.dtype for _, value in engine.weights()} == {torch.float32}
+    exact, rounded = outputs["float32"], outputs["bfloat16"]
+    assert rounded.dtype == torch.float32
+    assert 0 < float((rounded - exact).abs().max()) < 0.02
+    # Half a score's digits would make ties, and ties take away advantages.
+    assert len(rounded.unique()) == len(rounded)
+    for name, gradient in found["float32"].items():
+        assert found["bfloat16"][name].dtype == torch.float32
+        if name != "score_head.bias":
+            cosine = torch.cosine_similarity(gradient.flatten(), found["bfloat16"][name].flatten(), dim=0)
+            assert float(cosine) > 0.98, name
+
+
+def test_half_precision_logprobs_are_normalised_in_single_precision(tiny_model: Path) -> None:
+    model = load_language_model(str(tiny_model), "float32")[0]
+    exact, rounded = (
+        Engine(model, LogprobReader(0.8), micro_batch_tokens=200, precision=precision).forward(POLICY).values
+        for precision in ("float32", "bfloat16")
+    )
+    assert rounded.dtype == torch.float32
+    assert 0 < float((rounded - exact).abs().max()) < 0.05
+
+
 # Schedule
 
 

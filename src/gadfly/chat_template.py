@@ -71,8 +71,16 @@ class Renderer:
 
     def response_tokens(self, text: str, finished: bool) -> list[int]:
         """Ids of a response. A control string in the text, such as `<|im_end|>`, stays text."""
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        return [*encoded["input_ids"], self.end_id] if finished else list(encoded["input_ids"])
+        return self.batch_response_tokens([text], [finished])[0]
+
+    def batch_response_tokens(self, texts: Sequence[str], finished: Sequence[bool]) -> list[list[int]]:
+        """The same for many responses, in one call of the tokenizer."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+        return [[*ids, self.end_id] if end else list(ids) for ids, end in zip(encoded, finished, strict=True)]
 
     def response_text(self, tokens: Sequence[int]) -> str:
         """Text of response ids, without the end-of-turn token they may close with.

@@ -45,6 +45,8 @@ class Discriminator(nn.Module):
             deviation = getattr(backbone.config, "initializer_range", 0.02)
             self.score_head.weight.normal_(0.0, deviation, generator=random)
             self.score_head.bias.zero_()
+        # The head is drawn on the CPU, so that the seed gives the same one on every device.
+        self.score_head.to(backbone.device)
 
     def forward(self, batch: MicroBatch) -> Float[Tensor, " row"]:
         """One score a row."""
@@ -95,7 +97,7 @@ def save_discriminator(
         {name: value.contiguous() for name, value in model.score_head.state_dict().items()},
         folder / _HEAD_FILE,
     )
-    texts = [
+    texts: list[dict[str, Any]] = [
         {"prompt_tokens": group.prompt_tokens, "response": branch.text, "finished": branch.finished}
         for group in probe
         for branch in group.teachers

@@ -76,16 +76,22 @@ def reread(groups: Sequence[Group], rows: Sequence[Row], renderer: Renderer) -> 
     Re-tokenised text may be longer than the cap; it is not cut again. Identical text gives
     identical tokens, whatever ids it was sampled as and whichever role wrote it.
     """
+    branches = [branch for group in groups for branch in group.branches]
+    tokens = iter(
+        renderer.batch_response_tokens(
+            [branch.text for branch in branches], [branch.finished for branch in branches]
+        )
+    )
+
+    def again(branch: Branch) -> Branch:
+        return replace(branch, tokens=tuple(next(tokens)))
+
     return [
         Group(
             group.id,
             tuple(renderer.prompt_tokens(row.messages)),
-            teachers=tuple(_reread(branch, renderer) for branch in group.teachers),
-            students=tuple(_reread(branch, renderer) for branch in group.students),
+            teachers=tuple(again(branch) for branch in group.teachers),
+            students=tuple(again(branch) for branch in group.students),
         )
         for group, row in zip(groups, rows, strict=True)
     ]
-
-
-def _reread(branch: Branch, renderer: Renderer) -> Branch:
-    return replace(branch, tokens=tuple(renderer.response_tokens(branch.text, branch.finished)))

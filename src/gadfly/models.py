@@ -78,7 +78,12 @@ def open_pretrained(
             f"model {name!r} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; "
             f"give the folder of a whole one"
         )
-    return model.eval(), tokenizer
+    return model.eval().to(default_device()), tokenizer
+
+
+def default_device() -> torch.device:
+    """The GPU if torch has one, else the CPU; everything else follows the model's device."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def save_language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

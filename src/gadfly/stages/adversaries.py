@@ -13,7 +13,7 @@ from gadfly.models import Scores
 from gadfly.samplers import Sample
 from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.evaluation import Evaluation, frozen_probe
-from gadfly.stages.examples import Batches, Example, training_examples
+from gadfly.stages.examples import Batches, Example, check_context, training_examples
 from gadfly.stages.loop import TrainingLoop, training_loop
 from gadfly.stages.roles import (
     DiscriminatorRole,
@@ -146,6 +146,7 @@ def open_adversaries(
         restore_optimizer(student.engine, resumed, "student")
         restore_optimizer(discriminator.engine, resumed, "discriminator")
     examples, valid = training_examples(run, student.model, student.renderer)
+    check_context(discriminator.model.backbone, examples, recipe.sampling.max_response_tokens)
     batches = Batches(examples, training.batch_prompts, recipe.seed, stage)
     return Adversaries(run, stage, student, discriminator, batches, valid, resumed)
 
