@@ -64,12 +64,13 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where to put data, models and the run.")] = Path(
         "runs/demo"
     ),
+    overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="Of data, models and samples.", min=0)] = 0,
 ) -> None:
     """The whole method on a scripted teacher and a forgetful student, with an exact count of answers."""
     from gadfly.demo.demo import run_demo  # noqa: PLC0415  torch loads only where it is used
 
-    table = run_demo(folder, seed)
+    table = run_demo(folder, seed, overrides or [])
     typer.echo(table)
     typer.echo(f"report: {folder / 'report.html'}")
 

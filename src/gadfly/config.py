@@ -75,8 +75,8 @@ class StudentConfig(Optimizer):
     model: Text
     """A Hugging Face name or a folder."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Type of the weights of student, discriminator and reference. `bfloat16` halves the memory, but loses every
-    step that is smaller than its rounding: rates near 1e-6 train nothing. For speed set `engine.precision`."""
+    """Type of the weights of student, discriminator and reference. `bfloat16` halves the memory, but loses
+    every step smaller than its rounding: rates near 1e-6 train nothing. For speed set `engine.precision`."""
 
 
 class DiscriminatorConfig(Optimizer):

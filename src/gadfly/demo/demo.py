@@ -4,6 +4,7 @@ It is a user of the product, not a part of it: it writes data, models and a reci
 runs the stages, and adds what only its oracle knows to the figures of the summary.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -26,9 +27,9 @@ from gadfly.statistics import bootstrap, share
 _VALID, _VARIETY, _STYLE = "valid_fraction", "variety_nats", "larger_style_fraction"
 
 
-def run_demo(folder: Path, seed: int) -> str:
+def run_demo(folder: Path, seed: int, overrides: Sequence[str] = ()) -> str:
     """Run the demo in a folder, or go on with it, and return its table as text."""
-    recipe = _prepare(folder, seed)
+    recipe = _prepare(folder, seed, overrides)
     with open_run(recipe) as run:
         for stage in (seqkd, warmup, gad, seqkd_equal_time, generate):
             stage(run)
@@ -37,13 +38,13 @@ def run_demo(folder: Path, seed: int) -> str:
         return _table(run.folder)
 
 
-def _prepare(folder: Path, seed: int) -> Recipe:
+def _prepare(folder: Path, seed: int, overrides: Sequence[str]) -> Recipe:
     """Write recipe, data and models; all follow from the seed, so writing them again changes nothing."""
     text = resources.files("gadfly").joinpath("recipes/demo.toml").read_text(encoding="utf-8")
     write_text(folder / "recipe.toml", text.replace("\nseed = 0\n", f"\nseed = {seed}\n"))
     save_rows(folder / "data", seed)
     save_models(folder / "models", seed)
-    return load_recipe(folder / "recipe.toml")
+    return load_recipe(folder / "recipe.toml", overrides)
 
 
 def _count_valid_answers(folder: RunFolder) -> None:
