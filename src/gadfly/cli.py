@@ -5,7 +5,6 @@ gadfly STAGE recipe.toml [key=value ...]    one stage
 gadfly demo                                 the whole method on a scripted teacher, in minutes
 """
 
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -121,9 +120,6 @@ def _stop(number: int, _: object) -> None:
 
 def main() -> None:
     """Run a command; user errors are one line and an exit code, bugs keep their traceback."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     console = show_logs()

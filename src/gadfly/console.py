@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shutil
 import sys
 import time
@@ -56,7 +57,10 @@ class ConsoleHandler(logging.Handler):
 
 
 def show_logs() -> ConsoleHandler:
-    """Send gadfly's log to the console."""
+    """Send gadfly's log to the console, and quiet the libraries that are loaded after this."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = ConsoleHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("gadfly")
