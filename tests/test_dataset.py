@@ -1,5 +1,6 @@
 import contextlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow
@@ -253,7 +254,7 @@ def test_bad_rows_come_as_records_that_json_can_hold(tmp_path):
     wide = [["y" * 1000] * 100] * 100
     long = {"prompt": "x" * 10_000_000}
     dataset = load(tmp_path, GOOD, b"\xff", {"prompt": "\ud800"}, long, {"prompt": wide})
-    records = dataset.bad_rows_records()
+    records = [asdict(row) for row in dataset.bad]
     assert [record["line"] for record in records] == [2, 3, 4, 5]
     for record in records:
         assert record.keys() == {"source", "line", "reason", "detail"}
@@ -461,7 +462,7 @@ def test_any_bytes_give_rows_or_a_data_error(tmp_path, lines):
     with contextlib.suppress(DataError):
         dataset = load_rows(str(path), needs_response=True)
         assert dataset.rows
-        json.dumps(dataset.bad_rows_records(), ensure_ascii=False).encode()
+        json.dumps([asdict(row) for row in dataset.bad], ensure_ascii=False).encode()
 
 
 values = st.recursive(

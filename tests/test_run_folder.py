@@ -231,6 +231,12 @@ def test_a_stage_goes_on_under_the_same_settings(run: RunFolder, caplog: pytest.
     assert run.begin("gad", settings)
     assert not run.is_done("gad")
     run.finish("gad", steps=3, seconds=1.5)
+    assert not run.is_done("gad"), "without a checkpoint there is nothing that later stages could start from"
+    with caplog.at_level(logging.WARNING, logger="gadfly"):
+        assert run.begin("gad", settings)
+    assert caplog.messages == ["gad: done before, but its checkpoints are gone; doing it again"]
+    caplog.clear()
+    run.write_json("gad/step-000003/manifest.json", {})
     assert run.is_done("gad")
     with caplog.at_level(logging.INFO, logger="gadfly"):
         assert not run.begin("gad", settings)
@@ -242,6 +248,7 @@ def test_changed_settings_are_named_with_old_and_new(run: RunFolder) -> None:
     begun = {"seed": 0, "gad": {"learning_rate": 1e-6, "group_size": 8}, "start": "a"}
     now = {"seed": 1, "gad": {"learning_rate": 1e-6, "group_size": 4}, "start": "a"}
     run.begin("gad", begun)
+    run.write_json("gad/step-000003/manifest.json", {})
     for state in ("begun", "finished"):
         with pytest.raises(RunFolderError) as refusal:
             run.begin("gad", now)

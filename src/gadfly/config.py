@@ -103,14 +103,14 @@ class DiscriminatorConfig(Optimizer):
 class SamplingConfig(Section):
     """How the student's responses are drawn, and what fits into a prompt and a response."""
 
-    temperature: Annotated[float, Field(gt=0)] = 0.8
+    temperature: Annotated[float, Field(ge=0.01)] = 0.8
     """Of the samples trained on. Log-probabilities are those of the distribution at this temperature."""
     max_prompt_tokens: Count = 2048
     """A longer prompt is dropped and counted, never cut."""
     max_response_tokens: Count = 1536
     """Cap of samples and of teacher responses; what is cut counts as unfinished."""
     max_parallel_responses: Count = 256
-    """Responses decoded at once by the local sampler. Changes speed and memory, not the samples."""
+    """Responses decoded at once by the local sampler: speed and memory, and the samples only by rounding."""
 
 
 class Training(Section):
@@ -120,10 +120,10 @@ class Training(Section):
     """The student's learning rate."""
     learning_rate_schedule: Schedule = "constant"
     """`cosine` falls to zero, which it would reach one step after the last; it is the student's."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Passes over the training prompts."""
     max_steps: Count | None = None
-    """Number of steps, whatever `epochs` says."""
+    """Number of steps, whatever `epochs` says; in warmup, of the student's."""
     batch_prompts: Count = 256
     """Prompts in a batch."""
     save_every: Count = 50
@@ -137,7 +137,7 @@ class SeqkdConfig(Training):
 
     learning_rate: PositiveRate = 5e-6
     """The student's learning rate (paper A.2: best of 1e-6 to 5e-6 for SeqKD)."""
-    epochs: Annotated[float, Field(gt=0)] = 3.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
     """Passes over the training prompts: as many as warmup and gad make together in the paper."""
     equal_time: bool = False
     """Also train `seqkd-equal-time`, a baseline with as many seconds as warmup and gad took together."""
@@ -165,7 +165,7 @@ class GadConfig(Training):
 
     group_size: Annotated[int, Field(ge=2)] = 8
     """Samples a prompt (G). One alone would have no advantage."""
-    epochs: Annotated[float, Field(gt=0)] = 2.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 2.0
     """Passes over the training prompts."""
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.001
     """Weight of the KL term (k3) to the frozen post-warmup student. 0: no reference model is loaded."""
@@ -208,14 +208,15 @@ class CheckpointsConfig(Section):
 
 
 class EngineConfig(Section):
-    """How the work is cut for this machine. Changes speed and memory, not results beyond rounding."""
+    """How the work is done on this machine: speed and memory, and results only by rounding."""
 
     micro_batch_tokens: Count = 16384
     """Tokens in one forward and backward pass; a single group may exceed it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16`: matrix products under autocast, faster on processors that have them. Weights, scores and
-    losses stay in `student.dtype`."""
-    num_threads: Count | None = None
+    """`bfloat16`: matrix products of training under autocast, faster on processors that have it. Weights,
+    scores and losses stay in `student.dtype`, and so does sampling: sampled and trained log-probabilities
+    then differ by rounding, logged as `detail/sampler_gap_nats`."""
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: torch's own choice. Tiny models run best on one or two."""
 
 

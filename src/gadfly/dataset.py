@@ -64,10 +64,6 @@ class Dataset:
         """How many rows or responses were left out, the commonest reason first."""
         return dict(Counter(row.reason for row in self.bad).most_common())
 
-    def bad_rows_records(self) -> list[dict[str, str | int]]:
-        """What was left out, as rows of a `bad_rows.jsonl`."""
-        return [asdict(row) for row in self.bad]
-
 
 def load_rows(sources: str | list[str], *, needs_response: bool) -> Dataset:
     """Read all rows of the sources, one after the other; `row_formats` says what a row may be.

@@ -65,8 +65,12 @@ class Discriminator(nn.Module):
 
 
 def read_scores(model: nn.Module, batch: MicroBatch) -> Scores:
-    """Scores of a micro-batch, for the engine."""
-    return Scores(model(batch))
+    """Scores of a micro-batch, for the engine.
+
+    Equal responses to a prompt share one score to the last bit: rounding may differ from row to row of a
+    batch, and in a group of copies it would become an advantage.
+    """
+    return Scores(model(batch)[batch.same_as])
 
 
 def new_discriminator(name: str, dtype: str, seed: int) -> tuple[Discriminator, Renderer]:

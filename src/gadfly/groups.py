@@ -47,7 +47,7 @@ class Group:
         return self.teachers + self.students
 
     def only_teachers(self) -> "Group":
-        """The group of an SFT step."""
+        """The group as the teacher answered it."""
         return replace(self, students=())
 
     def only_students(self) -> "Group":

@@ -34,8 +34,8 @@ HEADLINES: tuple[Metric, ...] = (
     Metric(
         "discriminator/loss",
         "discriminator loss",
-        "the discriminator's loss in nats; log 2 = 0.693 is chance",
-        "near 0: separated, no signal left; stuck at 0.693: it learns nothing",
+        "the discriminator's loss in nats; chance is log 2 = 0.693 (cross-entropy: twice that)",
+        "near 0: separated, no signal left; stuck at chance: it learns nothing",
     ),
     Metric(
         "discriminator/grad_norm",

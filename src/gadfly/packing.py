@@ -32,6 +32,7 @@ class MicroBatch:
         attention_mask: 1 on real tokens.
         position_ids: 0 at the first prompt token.
         response_lengths: tokens of each response.
+        same_as: for each row, the first row of its group with the same response; itself if there is none.
         num_prompt_columns: columns before the responses.
     """
 
@@ -42,6 +43,7 @@ class MicroBatch:
     attention_mask: Int[Tensor, "row column"]
     position_ids: Int[Tensor, "row column"]
     response_lengths: Int[Tensor, " row"]
+    same_as: Int[Tensor, " row"]
     num_prompt_columns: int
 
     @property
@@ -118,6 +120,10 @@ def _pack(
         after = num_response_columns - len(branch.tokens)
         ids.append([0] * before + [*prompt, *branch.tokens] + [0] * after)
         mask.append([0] * before + [1] * (len(prompt) + len(branch.tokens)) + [0] * after)
+    firsts: dict[tuple[int, tuple[int, ...]], int] = {}
+    same_as = [
+        firsts.setdefault((index, branch.tokens), row) for row, (index, _, branch) in enumerate(members)
+    ]
     attention_mask = torch.tensor(mask, device=device)
     return MicroBatch(
         rows=torch.tensor([first_rows[index] + place for index, place, _ in members], device=device),
@@ -129,5 +135,6 @@ def _pack(
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
         response_lengths=torch.tensor([len(branch.tokens) for _, _, branch in members], device=device),
+        same_as=torch.tensor(same_as, device=device),
         num_prompt_columns=num_prompt_columns,
     )

@@ -81,7 +81,7 @@ def _read_toml(path: Path) -> Table:
         raise ConfigError(f"{path}: cannot be read: {failure.strerror}") from None
     except UnicodeDecodeError as invalid:
         raise ConfigError(f"{path}: byte {invalid.start} is not UTF-8; save the file as UTF-8") from None
-    except tomllib.TOMLDecodeError as invalid:
+    except (ValueError, RecursionError) as invalid:
         raise ConfigError(f"{path}: not valid TOML: {invalid}") from None
 
 
@@ -100,7 +100,7 @@ def _parse_override(override: str) -> tuple[str, Table]:
 def _parse_value(override: str, text: str) -> Any:
     try:
         table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError as invalid:
+    except (ValueError, RecursionError) as invalid:
         if text.startswith(("[", "{", '"', "'")):
             raise ConfigError(
                 f"{override!r}: not valid TOML: {invalid}; text in a list or table needs quotes, "
@@ -129,7 +129,7 @@ def _resolve(value: Any, folder: Path, dotted: str) -> Any:
     if not isinstance(value, str) or not value:
         return value
     # Lexically, so that `../runs` means the same beside a linked recipe folder.
-    resolved = os.path.normpath(folder / Path(value).expanduser())
+    resolved = os.path.normpath(folder / os.path.expanduser(value))
     return resolved if _means_path(dotted, value, resolved) else value
 
 

@@ -20,6 +20,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _PROMPTS = ("messages", "prompt", "content")
 _RESPONSES = ("response", "teacher_response", "responses")
 _RESPONSE_TEXTS = ("response", "text", "content")
+# What providers call an answer that the limit cut, and one that was withheld; compared without case.
+_CUT = frozenset({"length", "max_tokens", "model_length"})
+_REFUSED = frozenset({"content_filter", "safety", "refusal"})
 
 FIELDS = ("id", *_PROMPTS, *_RESPONSES, "finish_reason", "teacher")
 """Every field that is read; the columns to ask of a wide table."""
@@ -130,7 +133,8 @@ def _response(item: object, finish_reason: object, teacher: object) -> TeacherRe
         key = _first_given(item, _RESPONSE_TEXTS)
         item = None if key is None else item[key]
     reason = None if finish_reason is None else _text(finish_reason, "finish_reason")
-    if reason == "content_filter":
+    reason = None if reason is None else reason.casefold()
+    if reason in _REFUSED:
         raise BadField("content-filter", f"finish_reason: {reason}; response: {excerpt(item)}")
     if item is None:
         raise BadField("no-response", "null, or without text")
@@ -139,7 +143,7 @@ def _response(item: object, finish_reason: object, teacher: object) -> TeacherRe
         raise BadField("empty-response", excerpt(text))
     return TeacherResponse(
         text,
-        finished=reason != "length",
+        finished=reason not in _CUT,
         teacher=None if teacher is None else _text(teacher, "teacher"),
     )
 

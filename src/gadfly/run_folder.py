@@ -153,8 +153,9 @@ class RunFolder:
             self.write_rows(name, [row for row in self.rows(name) if keep(row)])
 
     def is_done(self, stage: str) -> bool:
-        """Whether a stage has run to its end."""
-        return bool(self.read_json(f"{stage}/stage.json").get("done"))
+        """Whether a training stage has run to its end and its last checkpoint is there."""
+        has_checkpoint = any(self.stage(stage).glob("step-*/manifest.json"))
+        return has_checkpoint and bool(self.read_json(f"{stage}/stage.json").get("done"))
 
     def begin(self, stage: str, settings: Record) -> bool:
         """Note what a stage is run with, or check that it is what the stage was begun with.
@@ -171,15 +172,22 @@ class RunFolder:
             self.write_json(f"{stage}/stage.json", {"settings": settings, "done": False})
             return True
         changes = list(differences(begun["settings"], settings))
+        if changes and not any(self.stage(stage).glob("step-*")):
+            # Nothing was made with the old settings yet: a slip put right is no other run.
+            self.write_json(f"{stage}/stage.json", {"settings": settings, "done": False})
+            return True
         if changes:
             state = "finished" if begun["done"] else "begun"
             raise RunFolderError(
                 f"{self.stage(stage)}: {state} with other settings: {'; '.join(changes)}. "
                 f"Put them back, choose another name, or delete that folder to do the stage again."
             )
-        if begun["done"]:
-            logger.info("%s: done already, %d steps in %.0f s", stage, begun["steps"], begun["seconds"])
-        return not begun["done"]
+        if not self.is_done(stage):
+            if begun["done"]:
+                logger.warning("%s: done before, but its checkpoints are gone; doing it again", stage)
+            return True
+        logger.info("%s: done already, %d steps in %.0f s", stage, begun["steps"], begun["seconds"])
+        return False
 
     def finish(self, stage: str, **facts: Any) -> None:
         """Put a stage's steps and seconds into `summary.json`, then mark it as done."""
@@ -262,6 +270,24 @@ def _drop_half_row(file: BinaryIO) -> None:
     if file.read(1) != b"\n":
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def model_identity(name: str | None) -> str | None:
+    """A hub name as it is; a model folder by its own name and a hash over both ends of weights and settings.
+
+    So a folder may move, and other weights in its place are noticed without reading all of a large model.
+    """
+    if name is None or not Path(name).is_dir():
+        return name
+    folder, digest = Path(name).resolve(), hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return f"{folder.name} ({digest.hexdigest()[:8]})"
 
 
 def hash_file(path: Path) -> str:

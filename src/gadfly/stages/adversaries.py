@@ -58,10 +58,9 @@ class Adversaries:
     valid: list[Example]
     resumed_from: Checkpoint | None
 
-    def rollout(self, step: int, group_size: int) -> Rollout:
+    def rollout(self, step: int, group_size: int, batch: list[Example]) -> Rollout:
         """Fresh samples of the student for the batch of a step."""
         sampling = self.run.recipe.sampling
-        batch = self.batches(step)
         groups, samples = sample_groups(
             self.student.sampler,
             self.student.renderer,
@@ -107,6 +106,7 @@ class Adversaries:
             temperature=recipe.sampling.temperature,
             max_response_tokens=recipe.sampling.max_response_tokens,
             seed=recipe.seed,
+            is_resumed=self.resumed_from is not None,
         )
         return Evaluation(
             self.valid, self.student, recipe.sampling.max_response_tokens, self.discriminator, probe

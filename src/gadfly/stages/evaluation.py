@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gadfly.errors import RunFolderError
 from gadfly.groups import Branch, Group
 from gadfly.run_folder import write_text
 from gadfly.stages.diagnostics import Metrics, discriminator_metrics
@@ -52,12 +53,13 @@ class Evaluation:
         overlap = [rouge_l(answer.text, texts) for answer, texts in zip(answers, references, strict=True)]
         metrics = {
             "evaluation/rouge_l": sum(overlap) / count,
-            "evaluation/length_ratio": length_ratio(
-                [a.text for a in answers], [texts[0] for texts in references]
-            ),
             "evaluation/finished_fraction": sum(answer.finished for answer in answers) / count,
             "evaluation/repetition": sum(repetition(answer.text) for answer in answers) / count,
         }
+        first = [texts[0] for texts in references]
+        # A cap of a token or two may leave no text of the teacher to compare with.
+        if any(first):
+            metrics["evaluation/length_ratio"] = length_ratio([answer.text for answer in answers], first)
         if self.discriminator is not None:
             scores = self.discriminator.engine.forward(self.probe)
             metrics |= discriminator_metrics(scores, self.probe, prefix="probe")
@@ -83,9 +85,10 @@ def frozen_probe(
     temperature: float,
     max_response_tokens: int,
     seed: int,
+    is_resumed: bool,
 ) -> list[Group]:
     """The probe of a stage: sampled at its start, kept in `file`, and read from there at a resume."""
-    if not file.exists():
+    if not file.exists() and not is_resumed:
         groups, _ = sample_groups(
             student.sampler,
             student.renderer,
@@ -98,11 +101,18 @@ def frozen_probe(
         )
         rows = [json.dumps([asdict(branch) for branch in group.students]) for group in groups]
         write_text(file, "".join(row + "\n" for row in rows))
-    with open(file, encoding="utf-8", newline="\n") as lines:
-        stored = [tuple(_branch(branch) for branch in json.loads(line)) for line in lines]
-    groups = [
-        replace(example.group, students=students) for example, students in zip(examples, stored, strict=True)
-    ]
+    try:
+        with open(file, encoding="utf-8", newline="\n") as lines:
+            stored = [tuple(_branch(branch) for branch in json.loads(line)) for line in lines]
+        groups = [
+            replace(example.group, students=students)
+            for example, students in zip(examples, stored, strict=True)
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as damage:
+        raise RunFolderError(
+            f"{file}: damaged ({damage}); it holds samples from the start of the stage, which cannot be made "
+            f"again: restore it, or delete {file.parent} to do the stage again"
+        ) from damage
     return discriminator.view(groups, list(examples))
 
 

@@ -60,7 +60,8 @@ def gad(run: Run) -> None:
 
     with players.training_loop(total, settings) as loop:
         for step in loop:
-            rollout = players.rollout(step, settings.group_size)
+            batch = players.batches(step)
+            rollout = players.rollout(step, settings.group_size, batch)
             loop.mark("sample")
 
             objective = discriminator_objective(rollout.told, recipe.discriminator.loss)
@@ -68,18 +69,18 @@ def gad(run: Run) -> None:
             rewards = student_scores(scores, rollout.told)
             loop.mark("discriminator")
 
-            policy = [group.only_students() for group in rollout.groups]
-            ref_logprobs = reference.forward(policy) if reference else None
+            student_groups = [group.only_students() for group in rollout.groups]
+            ref_logprobs = reference.forward(student_groups) if reference else None
             loop.mark("reference")
 
-            policy_objective = grpo_objective(
-                policy,
+            student_objective = grpo_objective(
+                student_groups,
                 group_advantages(rewards).flatten(),
                 ref_logprobs,
                 clip_range=settings.clip_range,
                 kl_coefficient=settings.kl_coefficient,
             )
-            logprobs, student_loss = student.engine.forward_backward(policy, policy_objective)
+            logprobs, student_loss = student.engine.forward_backward(student_groups, student_objective)
 
             # Both gradients are checked before either model moves.
             discriminator_norm = discriminator.engine.clip_gradients()
@@ -98,12 +99,12 @@ def gad(run: Run) -> None:
                     "discriminator/grad_norm": discriminator_norm,
                 }
                 | {"student/loss": student_loss, "student/grad_norm": student_norm}
-                | policy_metrics(logprobs, ref_logprobs, policy, rollout.samples)
+                | policy_metrics(logprobs, ref_logprobs, student_groups, rollout.samples)
                 | group_metrics(rewards, rollout.groups)
                 | rollout_metrics(rollout.groups)
             )
             if loop.is_evaluated(step):
-                loop.log_samples(sample_rows(rollout, players.batches(step), scores))
+                loop.log_samples(sample_rows(rollout, batch, scores))
 
 
 def _start(run: Run) -> Checkpoint:

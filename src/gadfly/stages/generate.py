@@ -10,6 +10,7 @@ from gadfly.config import TRAINING_STAGES
 from gadfly.dataset import load_rows
 from gadfly.errors import CheckpointError, ConfigError
 from gadfly.records import Generation
+from gadfly.run_folder import model_identity
 from gadfly.stages.examples import Example, check_context, tokenise
 from gadfly.stages.roles import StudentRole, open_student
 from gadfly.stages.rollout import sample_groups
@@ -42,13 +43,17 @@ def generate(run: Run) -> None:
     sets = {name: load_rows(files, needs_response=False) for name, files in run.recipe.data.test.items()}
     for name, data in sets.items():
         run.bad_as_read[f"test.{name}"] = data.bad
+    files = [_file(name, temperature) for name in sets for temperature in run.recipe.generate.temperatures]
+    if twice := sorted({file for file in files if files.count(file) > 1}):
+        raise ConfigError(f"data.test: two sets would be written to generations/{twice[0]}.jsonl; rename one")
     cap = run.recipe.generate.max_response_tokens or run.recipe.sampling.max_response_tokens
     for model in _models(run):
         student = None
         for name, data in sets.items():
             for temperature in run.recipe.generate.temperatures:
-                file = name if temperature == 0 else f"{name}-t{temperature:g}"
-                settings = [model.checkpoint, data.fingerprint, cap, temperature, run.recipe.seed]
+                file = _file(name, temperature)
+                longest = run.recipe.sampling.max_prompt_tokens
+                settings = [model.checkpoint, data.fingerprint, longest, cap, temperature, run.recipe.seed]
                 _forget_stale(run, file, model, settings)
                 if _has_figures(run, file, model):
                     continue
@@ -59,17 +64,26 @@ def generate(run: Run) -> None:
                 _write_figures(run, file, model, student, examples)
 
 
+def _file(name: str, temperature: float) -> str:
+    return name if temperature == 0 else f"{name}-t{temperature:g}"
+
+
 def _models(run: Run) -> list[Model]:
     names = run.recipe.generate.checkpoints or [
         "base",
         *(stage for stage in TRAINING_STAGES if run.folder.is_done(stage)),
     ]
-    return [_find(run, name) for name in names]
+    models = [_find(run, name) for name in names]
+    arms = [model.name for model in models]
+    if twice := sorted({arm for arm in arms if arms.count(arm) > 1}):
+        raise ConfigError(f"generate.checkpoints: {', '.join(twice)} is named twice; name each model once")
+    return models
 
 
 def _find(run: Run, name: str) -> Model:
     if name == "base":
-        return Model("base", run.recipe.student.model, run.recipe.student.model)
+        source = run.recipe.student.model
+        return Model("base", model_identity(source) or source, source)
     if name in TRAINING_STAGES:
         checkpoint = latest_checkpoint(run.folder.stage(name))
         if checkpoint is None:
@@ -84,7 +98,9 @@ def _find(run: Run, name: str) -> Model:
                 f"generate.checkpoints: {name!r} is neither in {run.folder.path} nor a folder"
             )
         if not (path / "manifest.json").exists():
-            return Model(path.name, str(path), str(path))
+            # Its own name alone would be `student` for the student of any checkpoint.
+            arm = "/".join(path.resolve().parts[-3:])
+            return Model(arm, model_identity(str(path)) or arm, str(path))
         checkpoint = open_checkpoint(path)
     step = f"{checkpoint.path.parent.name}/{checkpoint.path.name}"
     arm = step if Path(name).is_absolute() else name
@@ -100,14 +116,15 @@ def _forget_stale(run: Run, file: str, model: Model, settings: Sequence[object])
     summary = run.folder.read_json("summary.json")
     summary.get("evaluation", {}).get(model.name, {}).pop(file, None)
     run.folder.write_json("summary.json", summary)
-    run.folder.keep_rows(f"generations/{file}.jsonl", lambda row: row["model"] != model.name)
+    run.folder.keep_rows(f"generations/{file}.jsonl", lambda row: row.get("model") != model.name)
     run.folder.write_json("generations/state.json", {**state, key: now})
 
 
 def _has_figures(run: Run, file: str, model: Model) -> bool:
     """Whether everything is there: figures are written when the last answer is."""
     evaluation = run.folder.read_json("summary.json").get("evaluation", {})
-    return file in evaluation.get(model.name, {})
+    has_rows = any(row.get("model") == model.name for row in run.folder.rows(f"generations/{file}.jsonl"))
+    return has_rows and file in evaluation.get(model.name, {})
 
 
 def _sample_missing(
@@ -120,7 +137,7 @@ def _sample_missing(
     cap: int,
 ) -> None:
     rows = run.folder.rows(f"generations/{file}.jsonl")
-    written = {row["id"] for row in rows if row["model"] == model.name}
+    written = {row["id"] for row in rows if row.get("model") == model.name}
     todo = [example for example in examples if example.row.id not in written]
     # Rows are on disk after every batch, so a killed stage repeats at most one.
     size = min(run.recipe.sampling.max_parallel_responses, 64)
@@ -166,7 +183,9 @@ def _write_figures(
     run: Run, file: str, model: Model, student: StudentRole, examples: Sequence[Example]
 ) -> None:
     rows = {
-        row["id"]: row for row in run.folder.rows(f"generations/{file}.jsonl") if row["model"] == model.name
+        row["id"]: row
+        for row in run.folder.rows(f"generations/{file}.jsonl")
+        if row.get("model") == model.name
     }
     answers = [rows[example.row.id] for example in examples]
     lengths = [len(student.renderer.response_tokens(row["response"], row["finished"])) for row in answers]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+from gadfly.dataset import load_rows
 from gadfly.stages.gad import gad
 from gadfly.stages.generate import generate
 from gadfly.stages.report import report
@@ -24,6 +25,9 @@ STAGES: dict[str, Callable[[Run], None]] = {
 
 def run_stages(run: Run) -> None:
     """Run every stage that the recipe configures and that is not done yet; resumable at any moment."""
+    for files in run.recipe.data.test.values():
+        # A test set that cannot be read is better known before the training than after it.
+        load_rows(files, needs_response=False)
     for name, stage in STAGES.items():
         if name == "seqkd-equal-time" and not run.recipe.seqkd.equal_time:
             continue

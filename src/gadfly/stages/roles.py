@@ -39,7 +39,7 @@ class StudentRole:
 
 @dataclass(frozen=True)
 class DiscriminatorRole:
-    """The discriminator, with the renderer it reads text through (None: it reads the student's tokens)."""
+    """The discriminator, and the renderer it reads text through."""
 
     model: Discriminator
     renderer: Renderer

@@ -9,15 +9,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import gadfly
 from gadfly.config import Recipe
-from gadfly.dataset import BadRow, hold_out, load_rows
+from gadfly.dataset import BadRow, hold_out, load_rows, normalised_prompt
 from gadfly.errors import ConfigError
 from gadfly.records import Row
-from gadfly.run_folder import RunFolder, stage_settings
+from gadfly.run_folder import RunFolder, model_identity, stage_settings
 from gadfly.trackers import Tracker, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -60,6 +59,9 @@ class Run:
             return Split(kept, held_out, train.fingerprint[:16])
         valid = load_rows(config.valid, needs_response=True)
         self.bad_as_read["valid"] = valid.bad
+        trained_on = {normalised_prompt(row.messages) for row in train.rows}
+        if shared := sum(normalised_prompt(row.messages) in trained_on for row in valid.rows):
+            logger.warning("data.valid: %d of %d prompts are in data.train too", shared, len(valid.rows))
         return Split(train.rows, valid.rows, f"{train.fingerprint[:16]}/{valid.fingerprint[:16]}")
 
     def note_bad_rows(self, name: str, too_long: Sequence[BadRow], num_kept: int) -> None:
@@ -69,7 +71,7 @@ class Run:
         """
         bad = [*self.bad_as_read.get(name, ()), *too_long]
         counts = dict(Counter(row.reason for row in bad))
-        others = [row for row in self.folder.rows("bad_rows.jsonl") if row["set"] != name]
+        others = [row for row in self.folder.rows("bad_rows.jsonl") if row.get("set") != name]
         self.folder.write_rows("bad_rows.jsonl", [*others, *({"set": name, **asdict(row)} for row in bad)])
         summary = self.folder.read_json("summary.json")
         summary.setdefault("data", {})[name] = {"rows": num_kept, "bad": counts}
@@ -87,18 +89,11 @@ class Run:
             "over_long_responses": self.recipe.data.over_long_responses,
             "content": self.data.fingerprint,
         }
+        settings["precision"] = self.recipe.engine.precision
         for role in ("student", "discriminator"):
-            if role in settings and settings[role]["model"] is not None:
-                settings[role]["model"] = _model_identity(settings[role]["model"])
+            if role in settings:
+                settings[role]["model"] = model_identity(settings[role]["model"])
         return settings
-
-
-def _model_identity(name: str) -> str:
-    """A hub name as it is; a folder by its own name and size, so that a run folder may move with it."""
-    if not Path(name).is_dir():
-        return name
-    total = sum(file.stat().st_size for file in Path(name).iterdir() if file.is_file())
-    return f"{Path(name).name} ({total} bytes)"
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from gadfly.checkpoint import latest_checkpoint
 from gadfly.config import Optimizer, Training
 from gadfly.engine import scheduled_learning_rate
+from gadfly.errors import CheckpointError
 from gadfly.objectives import sft_objective
 from gadfly.stages.evaluation import Evaluation
 from gadfly.stages.examples import Batches, training_examples
@@ -34,6 +35,8 @@ def seqkd_equal_time(run: Run) -> None:
     that a resumed run ends where an undisturbed one does.
     """
     stage = "seqkd-equal-time"
+    if missing := [name for name in ("seqkd", "warmup", "gad") if not run.folder.is_done(name)]:
+        raise CheckpointError(f"{stage}: needs the times of {', '.join(missing)}; run them first")
     if not run.folder.begin(stage, run.stage_settings("seqkd")):
         return
     plan = run.folder.read_json(f"{stage}/plan.json")

@@ -1,9 +1,8 @@
-"""Warmup: the student imitates the teacher while the discriminator learns to tell its fresh samples
-apart.
+"""Warmup: the student imitates the teacher while the discriminator learns to tell its fresh samples.
 
     discriminator_only_steps     discriminator on samples of the untouched student
-    the epochs                   one SFT step of the student, one step of the discriminator on fresh
-    samples discriminator_final_steps    discriminator on samples of the finished student
+    the epochs                   one SFT step of the student, one of the discriminator on fresh samples
+    discriminator_final_steps    discriminator on samples of the finished student
 
 Source: arXiv 2511.10643, Algorithm 1 and appendix A.2.
 """
@@ -50,6 +49,10 @@ class Plan:
         """The student's own step number, for its learning-rate schedule."""
         return step - self.only
 
+    def batch(self, step: int) -> int:
+        """Which batch a step works on: the student's first is the first of the epoch."""
+        return step if step <= self.only else self.student_step(step)
+
     def moves(self, step: int) -> tuple[bool, bool]:
         """Whether the student moves, and whether the discriminator does."""
         own = self.student_step(step)
@@ -84,9 +87,10 @@ def warmup(run: Run) -> None:
     with players.training_loop(plan.total, settings) as loop:
         for step in loop:
             student_moves, discriminator_moves = plan.moves(step)
+            batch = players.batches(plan.batch(step))
             metrics: Metrics = {}
             if discriminator_moves:
-                rollout = players.rollout(step, settings.group_size)
+                rollout = players.rollout(step, settings.group_size, batch)
                 loop.mark("sample")
                 objective = discriminator_objective(rollout.told, recipe.discriminator.loss)
                 scores, loss = discriminator.engine.forward_backward(rollout.told, objective)
@@ -96,7 +100,7 @@ def warmup(run: Run) -> None:
                 metrics["discriminator/grad_norm"] = discriminator.engine.clip_gradients()
                 loop.mark("discriminator")
             if student_moves:
-                teachers = [example.group for example in players.batches(step)]
+                teachers = [example.group for example in batch]
                 _, metrics["student/loss"] = student.engine.forward_backward(
                     teachers, sft_objective(teachers)
                 )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
 
-from gadfly.run_folder import Record, differences
+from gadfly.run_folder import Record, differences, model_identity
 from gadfly.stages.report.reading import Evidence
 from gadfly.stages.report.wording import counted, number, stage_label
 
@@ -225,6 +225,8 @@ def _not_finite(evidence: Evidence) -> Iterator[Remark]:
 
 def _other_settings(evidence: Evidence) -> Iterator[Remark]:
     now = evidence.recipe.model_dump(mode="json")
+    for role in ("student", "discriminator"):
+        now[role]["model"] = model_identity(now[role]["model"])
     for stage in evidence.stages.values():
         changes = list(differences(*_shared(stage.settings, now)))
         if changes:

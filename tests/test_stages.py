@@ -1,0 +1,189 @@
+"""The stages with odd data and settings: a right result, or one clear line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED
+
+from gadfly.discriminator import new_discriminator, read_scores
+from gadfly.engine import Engine
+from gadfly.errors import CheckpointError, ConfigError, DataError, RunFolderError, UserError
+from gadfly.groups import Branch, Group
+from gadfly.losses import group_advantages
+from gadfly.recipe_file import load_recipe
+from gadfly.records import Message
+from gadfly.stages.diagnostics import discriminator_metrics, student_scores
+from gadfly.stages.gad import gad
+from gadfly.stages.generate import generate
+from gadfly.stages.run import open_run
+from gadfly.stages.sft import seqkd, seqkd_equal_time
+from gadfly.stages.warmup import warmup
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_rows_may_have_different_numbers_of_teacher_responses(recipe_file: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "responses": ["ok"] * (1 + n % 3)} for n in range(24)]
+    data = write_rows(tmp_path / "k.jsonl", rows)
+    with open_run(load_recipe(recipe_file, [f"data.train={data}"])) as run:
+        warmup(run)
+        gad(run)
+        steps = [row for row in run.folder.rows("metrics.jsonl") if "student/kl_nats" in row]
+    assert len(steps) == run.recipe.gad.max_steps
+
+
+def test_the_other_loss_and_the_other_way_of_reading_run(recipe_file: Path) -> None:
+    settings = ["discriminator.loss=cross_entropy", "discriminator.reads=tokens"]
+    with open_run(load_recipe(recipe_file, settings)) as run:
+        warmup(run)
+        gad(run)
+        first = next(row for row in run.folder.rows("metrics.jsonl") if "discriminator/loss" in row)
+    assert first["discriminator/loss"] == pytest.approx(2 * 0.6931, abs=0.2)
+
+
+def test_a_cap_that_leaves_no_text_is_survived(recipe_file: Path) -> None:
+    with open_run(load_recipe(recipe_file, ["sampling.max_response_tokens=1"])) as run:
+        warmup(run)
+        gad(run)
+        assert run.folder.is_done("gad")
+
+
+def test_what_does_not_fit_is_listed_with_its_line(recipe_file: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "response": "ok"} for n in range(20)]
+    rows[2]["prompt"] = "long " * 40
+    rows[4]["response"] = "long " * 40
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    settings = [
+        f"data.train={data}",
+        f"data.valid={data}",
+        "sampling.max_prompt_tokens=100",
+        "data.over_long_responses=drop",
+    ]
+    with open_run(load_recipe(recipe_file, settings)) as run:
+        seqkd(run)
+        bad = [
+            (row["line"], row["reason"]) for row in run.folder.rows("bad_rows.jsonl") if row["set"] == "train"
+        ]
+        summary = run.folder.read_json("summary.json")["data"]["train"]
+    assert bad == [(3, "over-long-prompt"), (5, "over-long-response")]
+    assert summary == {"rows": 18, "bad": {"over-long-prompt": 1, "over-long-response": 1}}
+
+
+def test_a_set_of_which_nothing_fits_is_an_error(recipe_file: Path) -> None:
+    settings = ["sampling.max_prompt_tokens=1"]
+    with open_run(load_recipe(recipe_file, settings)) as run, pytest.raises(DataError, match="none of"):
+        seqkd(run)
+
+
+def test_a_prompt_and_a_response_beyond_the_models_context_are_refused(recipe_file: Path) -> None:
+    with (
+        open_run(load_recipe(recipe_file, ["sampling.max_response_tokens=600"])) as run,
+        pytest.raises(UserError, match="512 positions"),
+    ):
+        seqkd(run)
+
+
+def test_the_equal_time_baseline_keeps_its_number_of_steps(recipe_file: Path) -> None:
+    with open_run(load_recipe(recipe_file)) as run:
+        for stage in (seqkd, warmup, gad, seqkd_equal_time):
+            stage(run)
+        plan = run.folder.read_json("seqkd-equal-time/plan.json")
+        stages = run.folder.read_json("summary.json")["stages"]
+    pace = stages["seqkd"]["steps"] / stages["seqkd"]["seconds"]
+    expected = (stages["warmup"]["seconds"] + stages["gad"]["seconds"]) * pace
+    assert plan["steps"] == stages["seqkd-equal-time"]["steps"] == max(1, round(expected))
+
+
+def test_without_seqkd_the_equal_time_baseline_says_what_it_needs(recipe_file: Path) -> None:
+    with open_run(load_recipe(recipe_file)) as run, pytest.raises(CheckpointError, match="seqkd"):
+        seqkd_equal_time(run)
+
+
+def test_a_stage_whose_checkpoints_were_deleted_is_done_again(recipe_file: Path) -> None:
+    with open_run(load_recipe(recipe_file)) as run:
+        warmup(run)
+        for path in run.folder.stage("warmup").glob("step-*"):
+            path.rename(run.folder.path / path.name)
+        assert not run.folder.is_done("warmup")
+        warmup(run)
+        assert run.folder.is_done("warmup")
+
+
+def test_a_damaged_probe_is_named(recipe_file: Path) -> None:
+    with open_run(load_recipe(recipe_file, ["gad.max_steps=2"])) as run:
+        warmup(run)
+        gad(run)
+        (run.folder.path / "gad" / "probe.jsonl").write_text("{\n", encoding="utf-8")
+        stage = run.folder.read_json("gad/stage.json")
+        run.folder.write_json("gad/stage.json", {**stage, "done": False})
+        with pytest.raises(RunFolderError, match=r"probe\.jsonl: damaged"):
+            gad(run)
+
+
+def test_two_models_of_one_name_are_refused_and_folders_have_their_own(
+    recipe_file: Path, tiny_model: Path
+) -> None:
+    with open_run(load_recipe(recipe_file, [f'generate.checkpoints=["base", "{tiny_model}"]'])) as run:
+        generate(run)
+        arms = list(run.folder.read_json("summary.json")["evaluation"])
+    assert arms == ["base", "/".join(tiny_model.parts[-3:])]
+    with (
+        open_run(load_recipe(recipe_file, ['generate.checkpoints=["base", "base"]'])) as run,
+        pytest.raises(ConfigError, match="base is named twice"),
+    ):
+        generate(run)
+
+
+def test_what_is_generated_already_is_not_generated_again(recipe_file: Path) -> None:
+    with open_run(load_recipe(recipe_file, ['generate.checkpoints=["base"]'])) as run:
+        generate(run)
+        file = run.folder.path / "generations" / "same.jsonl"
+        before = file.stat().st_mtime_ns
+        generate(run)
+        assert file.stat().st_mtime_ns == before
+    settings = ['generate.checkpoints=["base"]', "generate.max_response_tokens=3"]
+    with open_run(load_recipe(recipe_file, settings)) as run:
+        generate(run)
+        rows = run.folder.rows("generations/same.jsonl")
+    assert len(rows) == 40
+    assert file.stat().st_mtime_ns != before
+
+
+def test_a_slip_in_a_setting_that_stopped_the_stage_at_once_can_be_put_right(recipe_file: Path) -> None:
+    with (
+        open_run(load_recipe(recipe_file, ["sampling.max_response_tokens=600"])) as run,
+        pytest.raises(UserError, match="512 positions"),
+    ):
+        seqkd(run)
+    with open_run(load_recipe(recipe_file)) as run:
+        seqkd(run)
+        assert run.folder.is_done("seqkd")
+
+
+def test_copies_of_a_sample_have_one_score_and_no_advantage_in_single_precision(stories: Path) -> None:
+    model, renderer = new_discriminator(str(stories), "float32", seed=0)
+    with torch.no_grad():
+        model.score_head.weight.mul_(150)
+    engine = Engine(model, read_scores, micro_batch_tokens=4096)
+    groups = []
+    for number in range(20):
+        tokens = tuple(renderer.response_tokens(f"Once upon a time there were {number} dogs." * 2, True))
+        copy = Branch(tokens, True, "")
+        prompt = tuple(renderer.prompt_tokens([Message("user", f"story {number}")]))
+        groups.append(Group(str(number), prompt, teachers=(copy,), students=(copy,) * 8))
+    scores = engine.forward(groups)
+    assert discriminator_metrics(scores, groups)["discriminator/accuracy"] == 0.5
+    assert torch.equal(group_advantages(student_scores(scores, groups)), torch.zeros(20, 8))
+
+
+@pytest.fixture
+def stories() -> Path:
+    folder = SHARED / "models" / "stories260k"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not here")
+    return folder
