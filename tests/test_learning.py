@@ -34,7 +34,7 @@ max_grad_norm = 1.0
 [discriminator]
 learning_rate = 1e-3
 max_grad_norm = 1.0
-lm_steps = 150
+lm_steps = 300
 lm_learning_rate = 3e-3
 lm_batch_prompts = 32
 [sampling]
@@ -47,15 +47,15 @@ max_steps = 60
 group_size = 2
 discriminator_only_steps = 0
 discriminator_every = 0
-discriminator_final_steps = 60
+discriminator_final_steps = 100
 evaluate_every = 1000
 save_every = 1000
 [gad]
-learning_rate = 1e-3
+learning_rate = 5e-4
 batch_prompts = 16
 group_size = 8
-max_steps = 100
-kl_coefficient = 0.01
+max_steps = 120
+kl_coefficient = 0.1
 evaluate_every = 1000
 save_every = 1000
 [evaluation]

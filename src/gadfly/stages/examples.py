@@ -55,6 +55,16 @@ def tokenise(run: Run, name: str, rows: Sequence[Row], renderer: Renderer) -> li
         if group.teachers or not row.responses:
             kept.append(Example(row, group))
     run.note_bad_rows(name, bad, len(kept))
+    responses = [(b, r) for e in kept for b, r in zip(e.group.teachers, e.row.responses, strict=False)]
+    cut = sum(branch.finished != response.finished for branch, response in responses)
+    if cut and name == "train":
+        logger.warning(
+            "data.train: %d of %d responses are cut at sampling.max_response_tokens = %d; from those the "
+            "student does not learn to end",
+            cut,
+            len(responses),
+            max_response,
+        )
     if not kept:
         raise DataError(
             f"data.{name}: none of {len(rows)} rows fits into sampling.max_prompt_tokens = {max_prompt} "

@@ -37,7 +37,9 @@ def seqkd_equal_time(run: Run) -> None:
     stage = "seqkd-equal-time"
     if missing := [name for name in ("seqkd", "warmup", "gad") if not run.folder.is_done(name)]:
         raise CheckpointError(f"{stage}: needs the times of {', '.join(missing)}; run them first")
-    if not run.folder.begin(stage, run.stage_settings("seqkd")):
+    last = latest_checkpoint(run.folder.stage("gad"))
+    assert last is not None, "a finished stage has a checkpoint"
+    if not run.folder.begin(stage, {**run.stage_settings("seqkd"), "as_long_as": last.digest}):
         return
     plan = run.folder.read_json(f"{stage}/plan.json")
     if not plan:
