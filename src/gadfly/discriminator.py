@@ -141,7 +141,8 @@ def load_discriminator(folder: str | Path, dtype: str = "float32") -> tuple[Disc
             f"restore the folder from an intact copy"
         )
     for number, (stored, now) in enumerate(zip(stored_scores, _score(model, texts, tokens), strict=True)):
-        if abs(stored - now) > tolerance * max(1.0, abs(stored)):
+        # Written so that a score that is no number is refused too.
+        if not abs(stored - now) <= tolerance * max(1.0, abs(stored)):
             raise CheckpointError(
                 f"{folder}: probe text {number} scores {now:.4f}, {stored:.4f} when it was saved: the "
                 f"weights or the head are not those that were saved; restore the folder from an intact copy"

@@ -173,7 +173,8 @@ class RunFolder:
             return True
         changes = list(differences(begun["settings"], settings))
         if changes and not any(self.stage(stage).glob("step-*")):
-            # Nothing was made with the old settings yet: a slip put right is no other run.
+            # Nothing was trained with the old settings yet: a slip put right is no other run.
+            shutil.rmtree(self.stage(stage))
             self.write_json(f"{stage}/stage.json", {"settings": settings, "done": False})
             return True
         if changes:
