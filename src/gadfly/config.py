@@ -129,7 +129,7 @@ class Training(Section):
     save_every: Count = 50
     """Steps between checkpoints; the last step is always saved."""
     evaluate_every: Count = 50
-    """Steps between evaluations on held-out prompts; first and last step are always evaluated."""
+    """Steps between evaluations on held-out prompts; always before the first and after the last."""
 
 
 class SeqkdConfig(Training):
