@@ -1,7 +1,9 @@
 """One renderer for both roles: text to tokens and back, with every tokenizer's habits."""
 
+import copy
 import logging
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from gadfly.chat_template import PLAIN_TEMPLATE, Renderer, has_invalid_utf8, load_renderer
+from gadfly.chat_template import PLAIN_TEMPLATE, PROMPT_DATE, Renderer, has_invalid_utf8, load_renderer
 from gadfly.errors import UserError
 from gadfly.models import load_language_model, save_language_model
 from gadfly.records import Message
@@ -113,7 +115,8 @@ def test_text_survives_tokens_and_back_and_so_both_roles_render_it_alike(
 ) -> None:
     tokens = chatml.response_tokens(text, finished)
     again = chatml.response_text(tokens)
-    assert again == text
+    # Qwen's tokenizer composes characters first, whoever wrote them.
+    assert again == unicodedata.normalize("NFC", text)
     assert chatml.response_tokens(again, finished) == tokens
 
 
@@ -234,6 +237,53 @@ def test_a_template_that_refuses_a_role_is_a_user_error_that_names_the_roles() -
     with pytest.raises(UserError, match=r"roles system, user: System role not supported") as caught:
         renderer.prompt_tokens((Message("system", "hi"), *QUESTION))
     assert "\n" not in str(caught.value)
+
+
+DATED = {
+    "called": "{{ strftime_now('%d %b %Y') }} ",
+    # As in Llama 3.
+    "called if defined": (
+        "{%- if not day is defined %}{%- if strftime_now is defined %}"
+        '{%- set day = strftime_now("%d %b %Y") %}{%- else %}{%- set day = "none" %}{%- endif %}{%- endif %}'
+        "{{- day + ' ' }}"
+    ),
+    # As in gpt-oss.
+    "called in a macro": (
+        "{%- macro header(who) -%}{{- strftime_now('%d %b %Y') + ' ' -}}{%- endmacro -%}{{ header('a') }}"
+    ),
+    "called in a loop": "{% for turn in messages %}{{ strftime_now('%d %b %Y') }} {% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", DATED.values(), ids=DATED.keys())
+def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day(template: str) -> None:
+    template += "{{ messages[0]['content'] }}"
+    words = ("26", "Jul", "2024", "hi", "<end>")
+    tokenizer = word_tokenizer(template, *words, eos_token="<end>")
+    renderer = load_renderer(tokenizer, None)
+    assert renderer.prompt_tokens(QUESTION) == [0, 1, 2, 3]
+    assert tokenizer.chat_template == template, "what is saved with the student is the author's"
+
+
+@pytest.mark.parametrize(
+    "form", ["%Y-%m-%d", "%A, %B %d, %Y", "%d/%m/%y %H:%M:%S", "%-d %B", "%c", "week %W, day %j", "no date"]
+)
+def test_a_date_is_written_in_the_form_that_the_template_asks_for(chatml: Renderer, form: str) -> None:
+    tokenizer = copy.deepcopy(chatml.tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('" + form + "') }}"
+    tokens = load_renderer(tokenizer, None).prompt_tokens(QUESTION)
+    assert tokens == encode_text(chatml, PROMPT_DATE.strftime(form))
+
+
+def test_but_for_the_date_a_template_is_rendered_as_by_transformers(chatml: Renderer) -> None:
+    # Space and line ends at the start depend on what stands before them.
+    for start in ("", "\n", "\n\n", "  ", "  {% if true %}\n", " {%- if true %} "):
+        end = "{% endif %}" if "if" in start else ""
+        tokenizer = copy.deepcopy(chatml.tokenizer)
+        tokenizer.chat_template = start + "a\n  {% set b = 1 %}\n b{# strftime_now #} c\n" + end
+        expected = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+        tokens = load_renderer(tokenizer, None).prompt_tokens(QUESTION)
+        assert tokens == encode_text(chatml, expected), repr(start)
 
 
 # Ends of turn

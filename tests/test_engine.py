@@ -2,18 +2,20 @@
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from tiny import random_groups
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gadfly.config import Optimizer
 from gadfly.discriminator import Discriminator, new_discriminator, read_scores
-from gadfly.engine import Engine, scheduled_learning_rate
+from gadfly.engine import Engine, faster_precision, scheduled_learning_rate
 from gadfly.errors import AlarmError
 from gadfly.losses import group_advantages
 from gadfly.models import LogprobReader, Logprobs, Scores, load_language_model
@@ -361,6 +363,31 @@ def test_half_precision_logprobs_are_normalised_in_single_precision(tiny_model: 
     )
     assert rounded.dtype == torch.float32
     assert 0 < float((rounded - exact).abs().max()) < 0.05
+
+
+def test_an_engine_takes_no_precision_that_is_still_to_be_measured(student: PreTrainedModel) -> None:
+    # The annotation refuses it where types are checked, as in these tests; an assertion does elsewhere.
+    with pytest.raises((AssertionError, TypeCheckError), match="precision"):
+        Engine(student, LogprobReader(0.8), micro_batch_tokens=90, precision="auto")
+
+
+def test_half_precision_is_chosen_only_where_it_is_clearly_faster() -> None:
+    precision, timed = faster_precision(torch.device("cpu"))
+    single, half = timed["float32_seconds"], timed["bfloat16_seconds"]
+    assert min(single, half) > 0
+    if timed["bfloat16_rows"] == timed["float32_rows"]:
+        assert precision == ("bfloat16" if single / half > 1.15 else "float32")
+    else:
+        # A sixteenth that takes more than half as long as the whole: eight times slower.
+        assert precision == "float32"
+        assert half > single / 2
+
+
+def test_a_slow_trial_is_cut_short() -> None:
+    started = time.process_time()
+    faster_precision(torch.device("cpu"))
+    # The time of this process, so that what runs beside the tests does not count.
+    assert time.process_time() - started < 1.5 * torch.get_num_threads()
 
 
 # Schedule

@@ -58,12 +58,11 @@ keep_last = 1.5
         "'epochs': write key=value, as in gad.group_size=4",
         "command line: gad.kl_coefficient = -1: input should be greater than or equal to 0",
         "command line: warmup.batch_promts: unknown key; did you mean 'batch_prompts'?",
-        "pirate.toml: checkpoints.keep_last = 1.5: "
-        "input should be a valid integer, got a number with a fractional part",
+        "pirate.toml: checkpoints.keep_last = 1.5: input should be a valid integer",
         "pirate.toml: dta: unknown key; did you mean 'data'?",
         "pirate.toml: gad.group_size = 1: input should be greater than or equal to 2",
         "pirate.toml: gad.learning_rate = 0: input should be greater than 0",
-        "pirate.toml: group_sise: unknown key; did you mean 'gad.group_size'?",
+        "pirate.toml: group_sise: unknown key; did you mean 'warmup.group_size' or 'gad.group_size'?",
         "pirate.toml: name = 'pirate ship': "
         "use letters, digits, '.', '_' and '-', beginning with a letter or a digit",
         "pirate.toml: sampling.temperatur: unknown key; did you mean 'temperature'?",
@@ -79,7 +78,8 @@ keep_last = 1.5
     [
         (
             "[student]\ntemperature = 1",
-            "student.temperature: unknown key; did you mean 'sampling.temperature'?",
+            "student.temperature: unknown key; did you mean 'teacher.temperature' or "
+            "'sampling.temperature' or 'judge.temperature'?",
         ),
         ("[seqkd]\nlm_steps = 1", "seqkd.lm_steps: unknown key; did you mean 'discriminator.lm_steps'?"),
         ("[gad]\nseed = 1", "gad.seed: unknown key; did you mean 'seed'?"),
@@ -90,7 +90,9 @@ keep_last = 1.5
         ("[gad.sampling]\ntemperature = 1", "gad.sampling: unknown key; did you mean 'sampling'?"),
         (
             "[gad]\nmax_respons_tokens = 1",
-            "gad.max_respons_tokens: unknown key; did you mean 'generate.max_response_tokens'?",
+            "gad.max_respons_tokens: unknown key; did you mean 'teacher.max_response_tokens' or "
+            "'sampling.max_response_tokens' or 'generate.max_response_tokens' or "
+            "'judge.max_response_tokens'?",
         ),
         ("[gad]\nxyzzy = 1", "gad.xyzzy: unknown key"),
     ],
@@ -300,6 +302,25 @@ def fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, st
         else:
             yield prefix + name, inner.__doc__
             yield from fields(inner, f"{prefix}{name}.")
+
+
+def test_true_is_no_number(write: Callable[[str], Path]) -> None:
+    recipe = write('name = "pirate"\n[student]\nmodel = "some/model"\n[gad]\nbatch_prompts = true\n')
+    assert mistakes(recipe) == ["pirate.toml: gad.batch_prompts = True: input should be a valid integer"]
+
+
+def test_a_key_in_the_place_of_its_name_is_refused_and_not_repeated(write: Callable[[str], Path]) -> None:
+    recipe = write('name = "a"\n[student]\nmodel = "m"\n[teacher]\napi_key_env = "sk-abc123"\n')
+    (told,) = mistakes(recipe)
+    assert told.startswith("pirate.toml: teacher.api_key_env: give the NAME of an environment variable")
+    assert "sk-abc123" not in told
+
+
+def test_an_address_with_a_password_is_refused_and_not_repeated(write: Callable[[str], Path]) -> None:
+    recipe = write('name = "a"\n[student]\nmodel = "m"\n[judge]\nbase_url = "http://me:secret@host/v1"\n')
+    (told,) = mistakes(recipe)
+    assert told.startswith("pirate.toml: judge.base_url: must hold no user name or password")
+    assert "secret" not in told
 
 
 def test_every_setting_is_documented() -> None:

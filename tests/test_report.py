@@ -3,168 +3,31 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
+from report_runs import (
+    STEPS,
+    Page,
+    Row,
+    Shape,
+    a_pair,
+    a_run,
+    empty_run,
+    evaluated,
+    evaluation,
+    figure,
+    generated,
+    sampled,
+)
 
-from gadfly.config import Recipe
 from gadfly.errors import RunFolderError
-from gadfly.run_folder import RunFolder, stage_settings
+from gadfly.run_folder import stage_settings
 from gadfly.stages.report import report
-from gadfly.stages.report.reading import read_evidence
-from gadfly.stages.report.remarks import remarks
-from gadfly.stages.report.results import Verdict, result_tables
-
-Row = dict[str, Any]
-Shape = Callable[[float], float]
-
-STEPS = 120
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-
-# Metrics of a healthy gad stage as functions of how far it is, 0 to 1.
-CLEAN: dict[str, Shape] = {
-    "discriminator/accuracy": lambda done: 0.85 - 0.1 * done,
-    "discriminator/score_gap": lambda done: 1.5 + math.sin(6 * done),
-    "discriminator/loss": lambda done: 0.45 + 0.1 * done,
-    "group/zero_variance_fraction": lambda done: 0.02,
-    "group/score_std": lambda done: 0.8,
-    "rollout/length_ratio": lambda done: 1.1 - 0.1 * done,
-    "rollout/finished_fraction": lambda done: 0.95,
-    "detail/teacher_finished_fraction": lambda done: 1.0,
-    "student/kl_nats": lambda done: 0.2 * done,
-    "student/entropy_nats": lambda done: 1.0 - 0.4 * done,
-    "detail/sampler_gap_nats": lambda done: 1e-6,
-}
-HELD_OUT: dict[str, Shape] = {
-    "evaluation/rouge_l": lambda done: 0.3 + 0.1 * done,
-    "evaluation/repetition": lambda done: 0.1 - 0.05 * done,
-    "probe/accuracy": lambda done: 0.85,
-}
 
 
-@dataclass
-class Opened:
-    """An open run, as far as the report looks."""
-
-    recipe: Recipe
-    folder: RunFolder
-
-    def page(self) -> str:
-        report(self)
-        return (self.folder.path / "report.html").read_text(encoding="utf-8")
-
-    def remarks(self) -> list[str]:
-        return [remark.what for remark in remarks(read_evidence(self.folder, self.recipe))]
-
-    def verdict(self) -> Verdict:
-        (table,) = result_tables(read_evidence(self.folder, self.recipe))
-        return table.verdict
-
-
-def empty_run(path: Path, **sections: Any) -> Opened:
-    recipe = Recipe(
-        name="pirate", student={"model": "tiny"}, **{"data": {"test": {"ships": "ships.jsonl"}}, **sections}
-    )
-    run = Opened(recipe, RunFolder(path / "pirate"))
-    run.folder.write_json("config.json", recipe.model_dump(mode="json"))
-    return run
-
-
-def a_run(
-    path: Path, *, steps: int = STEPS, planted: dict[str, Shape] | None = None, seconds: float = 60.0
-) -> Opened:
-    """A finished run with nothing wrong but what is planted into the metrics of gad."""
-    run = empty_run(path)
-    shapes = CLEAN | HELD_OUT | (planted or {})
-    rows: list[Row] = []
-    for step in range(steps + 1):
-        row = {"stage": "gad", "step": step}
-        logged = {name: shape(step / steps) for name, shape in shapes.items()}
-        if step:
-            rows.append(row | {n: v for n, v in logged.items() if n not in HELD_OUT} | {"time/unix": seconds})
-        if step in (0, steps) or step % 50 == 0:
-            rows.append(row | {name: logged[name] for name in HELD_OUT})
-    rows += [{"stage": "seqkd", "step": step, "student/loss": 3 / step} for step in range(1, 41)]
-    run.folder.write_rows("metrics.jsonl", rows)
-    run.folder.write_rows("samples.jsonl", [evaluated(0, "aye"), evaluated(steps, "arr"), sampled(steps)])
-    stages = {name: {"steps": steps, "seconds": seconds} for name in ("seqkd", "warmup", "gad")}
-    run.folder.write_json(
-        "summary.json",
-        {
-            "stages": stages | {"seqkd-equal-time": {"steps": 2 * steps, "seconds": 2 * seconds}},
-            "data": {"train": {"rows": 400, "bad": {}}},
-            "evaluation": evaluation(base=0.1, seqkd=0.3, **{"seqkd-equal-time": 0.35}, gad=0.6),
-        },
-    )
-    run.folder.write_rows("generations/ships.jsonl", [generated("base", "hello"), generated("gad", "arr")])
-    return run
-
-
-def evaluated(step: int, response: str, **more: Any) -> Row:
-    row = {"stage": "gad", "step": step, "kind": "evaluation", "id": "v", "prompt": "Greet me."}
-    return row | {"teacher": "Ahoy!", "response": response, "finished": True} | more
-
-
-def sampled(step: int, scores: tuple[float, ...] = (0.5, 2.5, -1.5)) -> Row:
-    samples = [{"text": f"sample {place}", "finished": True, "score": s} for place, s in enumerate(scores)]
-    row = {"stage": "gad", "step": step, "kind": "rollout", "id": "t", "prompt": "Sing."}
-    return row | {"teacher": "Yo-ho", "samples": samples}
-
-
-def generated(model: str, response: str, **more: Any) -> Row:
-    row = {"model": model, "checkpoint": model, "id": "1", "prompt": "Who goes?", "response": response}
-    return row | {"finished": True} | more
-
-
-def figure(value: float, n: int = 200) -> Row:
-    return {"value": value, "n": n, "interval": [value - 0.05, value + 0.05]}
-
-
-def evaluation(main: str = "valid_fraction", **values: float) -> Row:
-    lengths = {"response_tokens": figure(19.0)}
-    return {model: {"ships": {main: figure(value)} | lengths} for model, value in values.items()}
-
-
-class Page(HTMLParser):
-    """A page taken apart; fails on a tag that is closed in the wrong place."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.words = ""
-        self.table_parents: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.words += data
-
-    def values(self, attribute: str) -> list[str]:
-        return [value for _, name, value in self.attributes if name == attribute]
-
-
-def test_the_report_loads_no_torch() -> None:
-    code = "import sys, gadfly.stages.report; print({'torch', 'transformers'} & set(sys.modules))"
+def test_the_report_loads_neither_torch_nor_openai() -> None:
+    code = "import sys, gadfly.stages.report; print({'torch', 'transformers', 'openai'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -299,6 +162,10 @@ def test_hostile_text_stays_text_wherever_it_stands(tmp_path: Path) -> None:
     summary = run.folder.read_json("summary.json")
     summary["evaluation"] |= figures
     summary["data"] = {HOSTILE: {"rows": 1, "bad": {HOSTILE: 2}}}
+    summary["pairwise"] = {"ships": {HOSTILE: a_pair((0.4, 0.6), (0.4, 0.6), b=HOSTILE)}}
+    summary["judge"] = {"ships": {"judge": HOSTILE, "shares_family": {HOSTILE: HOSTILE}}}
+    spent = dict.fromkeys(("answers", "requests", "prompt_tokens", "completion_tokens", "dollars"), 1)
+    summary["collect"] = {"teachers": {HOSTILE: 1}, "marked": {HOSTILE: 1}, **spent}
     (run.folder.path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
 
     html = run.page()
@@ -350,7 +217,9 @@ def test_the_page_loads_nothing_and_its_tables_scroll_in_their_own_box(tmp_path:
     page = Page(html)
     links = page.values("src") + page.values("href") + page.values("xlink:href")
     assert all(link.startswith(("#", "data:")) for link in links)
-    assert not re.search(r"https?:|url\((?!#)|@import", html)
+    # The settings may name an address as text.
+    assert not [value for _, _, value in page.attributes if "http" in value]
+    assert not re.search(r"url\((?!#)|@import", html)
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
@@ -380,3 +249,29 @@ def test_settings_that_differ_from_the_defaults_stand_apart(tmp_path: Path) -> N
     changed, default = words.split("At the default")
     assert "gad.group_size" in changed
     assert "gad.clip_range" in default
+
+
+def test_few_held_out_prompts_are_said_and_not_read(tmp_path: Path) -> None:
+    planted = {"probe/accuracy": lambda done: 0.5, "evaluation/repetition": lambda done: done}
+    run = a_run(tmp_path, planted=planted)
+    assert ["(n = 64 prompts)" in remark.evidence for remark in run.found()] == [True, True]
+    run.folder.update_summary("data", {"valid": {"rows": 19}})
+    (remark,) = run.found()
+    assert remark.what == "Few prompts are held out"
+    assert "n = 19" in remark.evidence
+
+
+def test_a_batch_has_no_more_prompts_than_there_are(tmp_path: Path) -> None:
+    run = a_run(tmp_path, steps=16)
+    run.folder.update_summary("data", {"train": {"rows": 30}})
+    html = run.page()
+    assert "16 steps of 30 prompts" in html
+    assert "for each of 30 prompts" in html
+
+
+def test_the_two_meanings_of_rouge_are_told_apart(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    run.folder.update_summary("evaluation", evaluation("rouge_l", gad=0.4))
+    words = " ".join(Page(run.page()).words.split())
+    assert "the teacher's answer is cut at 1,536 tokens" in words
+    assert "The tables compare with the teacher's whole answer" in words

@@ -5,12 +5,14 @@
                                        + end-of-turn token, if and only if finished
 
 Nothing here or elsewhere derives a mask from `!= pad` or `== end of turn`: lengths and `finished`
-are data. A tokenizer without a chat template gets `PLAIN_TEMPLATE`.
+are data. A tokenizer without a chat template gets `PLAIN_TEMPLATE`. A template that asks for the date
+is told `PROMPT_DATE`, whatever the day.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -28,6 +30,24 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 """The template of a tokenizer without one of its own; `{{ bos_token }}` precedes it where BOS is added."""
+
+PROMPT_DATE = datetime(2024, 7, 26)
+"""Today, for templates that write the date into the prompt (`strftime_now`, as in Llama 3 or gpt-oss).
+
+A run that is resumed on another day renders the prompts it began with, and so does whoever scores or
+generates later. It is the date that Llama 3's own template falls back on. The saved tokenizer keeps its
+template as it was.
+"""
+
+# A definition of `strftime_now` to stand before a template and hide the one of transformers, which has no
+# other handle: a function handed over as a variable reaches the template as text. Each directive of a format
+# is replaced by its value; the newline keeps the template at the start of a line.
+_DIRECTIVES = (*"aAbBcdDeFHIjmMpSTUwWxXyY", "-d", "-m")
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{name}', '{PROMPT_DATE.strftime(f'%{name}')}')" for name in _DIRECTIVES)
+    + " }}{% endmacro %}\n"
+)
 
 # Stands for an answer where a template is asked what it writes after one.
 _ANSWER = "gadfly"
@@ -58,7 +78,9 @@ class Renderer:
         """
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                turns, chat_template=self._dated_template(), tokenize=False, add_generation_prompt=True
+            )
         except Exception as refusal:
             # A template is a program of the model's author and may raise anything.
             roles = ", ".join(message.role for message in messages)
@@ -93,6 +115,10 @@ class Renderer:
         return str(
             self.tokenizer.decode(content, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
+
+    def _dated_template(self) -> str:
+        template = str(self.tokenizer.get_chat_template())
+        return _FIXED_DATE + template if "strftime_now" in template else template
 
 
 def has_invalid_utf8(text: str) -> bool:

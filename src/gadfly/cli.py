@@ -45,11 +45,36 @@ def _stage_command(name: str, help_text: str) -> None:
     app.command(name, help=help_text)(command)
 
 
+@app.command()
+def collect(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell rows, tokens and cost; ask nothing.")
+    ] = False,
+    trial: Annotated[
+        bool, typer.Option("--trial", help="Ask 20 prompts, show some answers and the cost.")
+    ] = False,
+) -> None:
+    """The teacher's answers to data.prompts through its API, each paid for once."""
+    if not (dry_run or trial):
+        typer.echo(f"collect: done, in {_do('collect', recipe, overrides)}")
+        return
+    from gadfly.recipe_file import load_recipe  # noqa: PLC0415
+    from gadfly.stages import collect as stage  # noqa: PLC0415
+    from gadfly.stages.run import open_run  # noqa: PLC0415
+
+    with open_run(load_recipe(recipe, overrides or [])) as opened:
+        typer.echo(stage.estimate(opened) if dry_run else stage.trial(opened))
+
+
 _stage_command("seqkd", "The baseline: SFT on the teacher's responses.")
 _stage_command("warmup", "SFT of the student, and the discriminator's first lessons on its fresh samples.")
 _stage_command("gad", "GRPO of the student against the live discriminator.")
+_stage_command("best", "Which kept GAD checkpoint is best, by a judge on held-out prompts.")
 _stage_command("seqkd-equal-time", "The baseline again, for as many seconds as warmup and gad took.")
 _stage_command("generate", "Responses of checkpoints to the test prompts.")
+_stage_command("judge", "What a judge makes of the generations; by default a classifier that needs no API.")
 
 
 @app.command()
@@ -85,14 +110,10 @@ def _do(name: str, recipe_path: Path, overrides: list[str] | None) -> Path:
 
 
 def _stage(name: str) -> Callable[[Any], None]:
-    # Once recipe and run folder are known to be right: torch takes seconds to load. The report needs none.
-    if name == "report":
-        from gadfly.stages.report import report as write_report  # noqa: PLC0415
+    # Once recipe and run folder are known to be right: torch takes seconds to load.
+    from gadfly.stages.pipeline import run_stages, stage  # noqa: PLC0415
 
-        return write_report
-    from gadfly.stages.pipeline import STAGES, run_stages  # noqa: PLC0415
-
-    return run_stages if name == "run" else STAGES[name]
+    return run_stages if name == "run" else stage(name)
 
 
 def _version(wanted: bool) -> None:

@@ -10,7 +10,7 @@ import json
 import unicodedata
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -65,44 +65,62 @@ class Dataset:
         return dict(Counter(row.reason for row in self.bad).most_common())
 
 
-def load_rows(sources: str | list[str], *, needs_response: bool) -> Dataset:
+def load_rows(sources: str | list[str], *, needs_response: bool, train_on: Collection[str] = ()) -> Dataset:
     """Read all rows of the sources, one after the other; `row_formats` says what a row may be.
 
-    The first row of a prompt is kept. An id that was already taken by another prompt gets that
-    prompt's hash appended; a row without id gets the hash alone.
+    The first row of a prompt is kept, and further samples of it (rows with a `sample_index`, as
+    `collect` writes them) add their responses to it. An id that was already taken by another prompt
+    gets that prompt's hash appended; a row without id gets the hash alone.
 
     Args:
         sources: files (`.jsonl`, `.json`, `.parquet`) or Hugging Face data sets (`name` or
             `name:split`).
         needs_response: whether a row without a usable teacher response is bad.
+        train_on: marks of collected rows that are used nonetheless.
 
     Raises:
         DataError: a source cannot be read, or no row of them all can be used.
     """
     names = [sources] if isinstance(sources, str) else sources
-    rows: list[Row] = []
+    numbered = ((source, line, fields) for source in names for line, fields in read_rows(source))
+    return gather(names, numbered, needs_response=needs_response, train_on=train_on)
+
+
+def gather(
+    names: Sequence[str],
+    numbered: Iterable[tuple[str, int, object]],
+    *,
+    needs_response: bool,
+    train_on: Collection[str] = (),
+) -> Dataset:
+    """A data set of undigested rows, each with its source and line; otherwise as `load_rows`.
+
+    Raises:
+        DataError: no row can be used.
+    """
+    rows: dict[str, Row] = {}
     bad: list[BadRow] = []
     taken: set[str] = set()
-    places: dict[str, str] = {}
     num_read = 0
-    for source in names:
-        for line, fields in read_rows(source):
-            num_read += 1
-            if isinstance(fields, BadField):
-                row, faults = None, [fields]
+    for source, line, fields in numbered:
+        num_read += 1
+        if isinstance(fields, BadField):
+            row, faults = None, [fields]
+        else:
+            row, faults = parse_row(fields, needs_response=needs_response, train_on=train_on)
+        if row is not None:
+            prompt = _prompt_digest(row.messages).hex()
+            first = rows.get(prompt)
+            if first is None:
+                unique = _unique_id(row.id, prompt[:16], taken)
+                rows[prompt] = replace(row, id=unique, source=source, line=line)
+            elif isinstance(fields, Mapping) and "sample_index" in fields and row.id == first.id:
+                rows[prompt] = replace(first, responses=first.responses + row.responses)
             else:
-                row, faults = parse_row(fields, needs_response=needs_response)
-            if row is not None:
-                prompt = _prompt_digest(row.messages).hex()
-                if prompt in places:
-                    same = f"as {places[prompt]}: {excerpt(row.prompt)}"
-                    faults.append(BadField("duplicate-prompt", same))
-                else:
-                    places[prompt] = f"{source}:{line}"
-                    unique = _unique_id(row.id, prompt[:16], taken)
-                    rows.append(replace(row, id=unique, source=source, line=line))
-            bad += [BadRow(source, line, fault.reason, fault.detail) for fault in faults]
-    dataset = Dataset(tuple(rows), tuple(bad))
+                same = f"as {first.source}:{first.line}: {excerpt(row.prompt)}"
+                faults.append(BadField("duplicate-prompt", same))
+        bad += [BadRow(source, line, fault.reason, fault.detail) for fault in faults]
+    dataset = Dataset(tuple(rows.values()), tuple(bad))
     if not rows:
         raise DataError(_no_usable_row(names, num_read, dataset, needs_response))
     return dataset
@@ -116,7 +134,7 @@ def _unique_id(given: str, prompt_hash: str, taken: set[str]) -> str:
     return unique
 
 
-def _no_usable_row(names: list[str], num_read: int, dataset: Dataset, needs_response: bool) -> str:
+def _no_usable_row(names: Sequence[str], num_read: int, dataset: Dataset, needs_response: bool) -> str:
     needed = "a prompt and a response" if needs_response else "a prompt"
     counts = ", ".join(f"{count} {reason}" for reason, count in dataset.bad_by_reason().items())
     message = f"{', '.join(names) or 'no source'}: no usable row; {num_read} read"

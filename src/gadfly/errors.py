@@ -6,6 +6,7 @@
     │   ├── DataError            no usable row left, or a file that cannot be read
     │   ├── RunFolderError       locked, read-only, disk full, or of another recipe
     │   └── CheckpointError      half written, edited, or of another model
+    ├── ApiError             3   a teacher or judge that cannot be asked any further
     └── AlarmError           4   training stopped itself before it did harm
 
 Anything else is a bug and keeps its traceback.
@@ -38,6 +39,12 @@ class RunFolderError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is incomplete, altered, or does not fit the model."""
+
+
+class ApiError(GadflyError):
+    """A teacher or judge behind an API that refuses, cannot be reached, or does not answer as one should."""
+
+    exit_code = 3
 
 
 class AlarmError(GadflyError):

@@ -2,7 +2,9 @@
 `detail/`.
 
 Names are `part/name_unit`. The discriminator's scores have no absolute meaning: only differences
-within one prompt count, so score levels are never a headline.
+within one prompt count, so score levels are never a headline. How well they rank the samples of a prompt
+is what matters most and cannot be measured without an oracle; `detail/rouge_rank_correlation` is a weak
+proxy (see `stages/diagnostics.py`).
 """
 
 from dataclasses import dataclass

@@ -20,6 +20,7 @@ Table = dict[str, Any]
 # Keys that name files or folders; relative ones are resolved where they were written.
 _PATHS = (
     "run_folder",
+    "data.prompts",
     "data.train",
     "data.valid",
     "data.test",
@@ -27,6 +28,9 @@ _PATHS = (
     "discriminator.model",
     "gad.start_from",
     "generate.checkpoints",
+    "judge.score_prompt",
+    "judge.pairwise_prompt",
+    "judge.tell_model",
 )
 
 
@@ -190,7 +194,9 @@ def _explain(key: str, errors: list[ErrorDetails]) -> str:
     lead = "Input should be "
     wanted = lead.lower() + " or ".join(message.removeprefix(lead) for message in messages)
     message = wanted if messages[0].startswith(lead) else f"{messages[0][0].lower()}{messages[0][1:]}"
-    return f"{key} = {error['input']!r}: {message}"
+    # A key or password put there by mistake must not be repeated.
+    is_secret = key.endswith((".api_key_env", ".base_url"))
+    return f"{key}: {message}" if is_secret else f"{key} = {error['input']!r}: {message}"
 
 
 def _explain_missing(key: str) -> str:
@@ -206,16 +212,18 @@ def _explain_missing(key: str) -> str:
 def _suggestion(key: str) -> str:
     """Where the key belongs, else what it may be a slip of: beside it first, then anywhere."""
     outer, _, last = key.rpartition(".")
-    keys = [known.rpartition(".") for known, _ in _fields()]
-    homes = [".".join(filter(None, (section, name))) for section, _, name in keys if name == last]
-    beside = [name for section, _, name in keys if section == outer]
-    anywhere = {name: f"{section}.{name}" for section, _, name in keys if section}
-    if homes:
-        meant = homes
+    homes: dict[str, list[str]] = {}
+    for known, _ in _fields():
+        homes.setdefault(known.rpartition(".")[2], []).append(known)
+    beside = [name for name in homes if (f"{outer}.{name}" if outer else name) in homes[name]]
+    if last in homes:
+        meant = homes[last]
     elif near := difflib.get_close_matches(last, beside, n=1, cutoff=0.6):
         meant = near
     else:
-        meant = [anywhere[name] for name in difflib.get_close_matches(last, anywhere, n=1, cutoff=0.8)]
+        meant = [
+            known for name in difflib.get_close_matches(last, homes, n=1, cutoff=0.8) for known in homes[name]
+        ]
     return "; did you mean " + " or ".join(f"'{known}'" for known in meant) + "?" if meant else ""
 
 

@@ -67,3 +67,13 @@ class Generation:
     prompt: str
     response: str
     finished: bool
+
+
+def generations_file(test_set: str, temperature: float) -> str:
+    """What the generations of a test set at a temperature are called: `generations/NAME.jsonl`.
+
+    Example:
+        >>> generations_file("vicuna", 0), generations_file("vicuna", 0.8)
+        ('vicuna', 'vicuna-t0.8')
+    """
+    return test_set if temperature == 0 else f"{test_set}-t{temperature:g}"

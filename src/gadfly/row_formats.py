@@ -9,7 +9,7 @@ named here are not read.
 """
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from gadfly.records import Message, Row, TeacherResponse
@@ -24,7 +24,7 @@ _RESPONSE_TEXTS = ("response", "text", "content")
 _CUT = frozenset({"length", "max_tokens", "model_length"})
 _REFUSED = frozenset({"content_filter", "safety", "refusal"})
 
-FIELDS = ("id", *_PROMPTS, *_RESPONSES, "finish_reason", "teacher")
+FIELDS = ("id", *_PROMPTS, *_RESPONSES, "finish_reason", "teacher", "mark", "sample_index")
 """Every field that is read; the columns to ask of a wide table."""
 
 # Short and printable whatever the value: it may be 10 MB long or nested a thousand deep.
@@ -37,8 +37,8 @@ class BadField(ValueError):
 
     Attributes:
         reason: a fixed slug: broken-json, invalid-utf-8, wrong-type, no-prompt, empty-prompt,
-            bad-role, assistant-last, no-response, empty-response, content-filter or
-            duplicate-prompt.
+            bad-role, assistant-last, no-response, empty-response, content-filter,
+            duplicate-prompt, or a mark of `marks.py`.
         detail: where in the row, with a short excerpt of the value.
     """
 
@@ -54,8 +54,12 @@ def excerpt(value: object) -> str:
     return _EXCERPT.repr(value)[:100]
 
 
-def parse_row(fields: object, *, needs_response: bool) -> tuple[Row | None, list[BadField]]:
+def parse_row(
+    fields: object, *, needs_response: bool, train_on: Collection[str] = ()
+) -> tuple[Row | None, list[BadField]]:
     """Read one row; its `id` is empty where none is given.
+
+    A row that `collect` marked (`marks.py`) is bad for that reason, unless its mark is in `train_on`.
 
     A bad response is left out alone. The row is None if its prompt is bad, or if no response is
     left and `needs_response` is true; the list says why, and is empty only for a row without fault.
@@ -64,6 +68,11 @@ def parse_row(fields: object, *, needs_response: bool) -> tuple[Row | None, list
     try:
         if not isinstance(fields, Mapping):
             raise BadField("wrong-type", f"not an object of named fields: {excerpt(fields)}")
+        mark = fields.get("mark")
+        if mark is not None and mark not in train_on:
+            raise BadField(
+                _text(mark, "mark"), f"marked so when it was collected: {excerpt(fields.get('response'))}"
+            )
         turns = _turns(fields)
         given = _given_responses(fields)
         if given is None:

@@ -1,6 +1,7 @@
 """Trains one role's model: forward, forward_backward, step, weights, state."""
 
 from gadfly.engine.engine import Engine, Objective, Output
+from gadfly.engine.precision import Precision, faster_precision
 from gadfly.engine.schedule import scheduled_learning_rate
 
-__all__ = ["Engine", "Objective", "Output", "scheduled_learning_rate"]
+__all__ = ["Engine", "Objective", "Output", "Precision", "faster_precision", "scheduled_learning_rate"]

@@ -7,12 +7,13 @@ log-probabilities must be those that were sampled and rewarded, so there is no d
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gadfly.config import Optimizer
+from gadfly.engine.precision import Precision
 from gadfly.errors import AlarmError
 from gadfly.groups import Group
 from gadfly.models import Logprobs, Scores
@@ -29,7 +30,8 @@ class Engine(Generic[Output]):
         model: student, reference or discriminator; put into eval mode.
         read: one forward pass of a micro-batch to the role's output.
         micro_batch_tokens: tokens in one pass; changes memory, not results beyond rounding.
-        precision: `bfloat16` runs matrix products under autocast; weights keep their type.
+        precision: `bfloat16` runs matrix products under autocast; weights keep their type. What is to be
+            measured first (see `precision.py`) is no precision yet.
         optimizer: AdamW's settings; None for a model that is only read, whose weights then take no gradient.
     """
 
@@ -39,9 +41,10 @@ class Engine(Generic[Output]):
         read: Callable[[nn.Module, MicroBatch], Output],
         *,
         micro_batch_tokens: int,
-        precision: str = "float32",
+        precision: Precision = "float32",
         optimizer: Optimizer | None = None,
     ):
+        assert precision in get_args(Precision), f"{precision} is no precision; it is to be resolved before"
         self.model = model.eval()
         self._reader: Callable[[nn.Module, MicroBatch], Output] = read
         self._is_autocast = precision == "bfloat16"

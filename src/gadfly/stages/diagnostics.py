@@ -12,7 +12,7 @@ from gadfly.losses import kl_penalty
 from gadfly.models import Logprobs, Scores, masked_mean
 from gadfly.packing import num_response_tokens, num_rows
 from gadfly.samplers import Sample
-from gadfly.text_metrics import distinct_fraction
+from gadfly.text_metrics import distinct_fraction, rouge_l
 
 Metrics = dict[str, float]
 
@@ -55,6 +55,33 @@ def group_metrics(scores: Float[Tensor, "group sample"], groups: Sequence[Group]
         metrics["group/score_std"] = float(deviation.mean())
         metrics["group/zero_variance_fraction"] = float((deviation <= _FLAT).double().mean())
     return metrics
+
+
+def ranking_metrics(scores: Float[Tensor, "group sample"], groups: Sequence[Group]) -> Metrics:
+    """Whether the scores order the samples of a group as their ROUGE-L to the teacher does, in [-1, 1].
+
+    The mean over groups of Spearman's rank correlation, ties by mid-ranks. A group whose scores, or whose
+    ROUGE-L, are all equal has no order and is left out; where that leaves none there is no metric.
+
+    ROUGE-L is a proxy of quality, and a poor one where an answer may be worded or ordered in many ways: on
+    the demo, discriminators that put nearly every valid sample before the invalid ones correlate with it near
+    0. A fall from well above 0 means something; the level itself does not.
+    """
+    if scores.shape[1] < 2:
+        return {}
+    overlap = [[rouge_l(b.text, [t.text for t in g.teachers]) for b in g.students] for g in groups]
+    pair = scores.double().cpu(), torch.tensor(overlap, dtype=torch.float64)
+    has_order = (pair[0].std(1) > _FLAT) & (pair[1].std(1) > _FLAT)
+    if not bool(has_order.any()):
+        return {}
+    first, second = (_mid_ranks(values[has_order]) for values in pair)
+    return {"detail/rouge_rank_correlation": float(torch.cosine_similarity(first, second, dim=1).mean())}
+
+
+def _mid_ranks(values: Float[Tensor, "group sample"]) -> Float[Tensor, "group sample"]:
+    """The rank of each value in its group, as a distance from the mean rank; equal values share one."""
+    own, other = values[:, :, None], values[:, None, :]
+    return ((own > other).double() - (own < other).double()).sum(2) / 2
 
 
 def rollout_metrics(groups: Sequence[Group]) -> Metrics:

@@ -30,6 +30,7 @@ from gadfly.stages.diagnostics import (
     discriminator_metrics,
     group_metrics,
     policy_metrics,
+    ranking_metrics,
     rollout_metrics,
     student_scores,
 )
@@ -86,9 +87,10 @@ def gad(run: Run) -> None:
             discriminator_norm = discriminator.engine.clip_gradients()
             student_norm = student.engine.clip_gradients()
             discriminator.engine.step(discriminator_rate)
-            student.engine.step(
-                scheduled_learning_rate(settings.learning_rate, settings.learning_rate_schedule, step, total)
+            student_rate = scheduled_learning_rate(
+                settings.learning_rate, settings.learning_rate_schedule, step, total
             )
+            student.engine.step(student_rate)
             student.sampler.update(student.engine.weights())
             loop.mark("student")
 
@@ -99,8 +101,13 @@ def gad(run: Run) -> None:
                     "discriminator/grad_norm": discriminator_norm,
                 }
                 | {"student/loss": student_loss, "student/grad_norm": student_norm}
+                | {
+                    "detail/learning_rate": student_rate,
+                    "detail/discriminator_learning_rate": discriminator_rate,
+                }
                 | policy_metrics(logprobs, ref_logprobs, student_groups, rollout.samples)
                 | group_metrics(rewards, rollout.groups)
+                | (ranking_metrics(rewards, rollout.groups) if loop.is_evaluated(step) else {})
                 | rollout_metrics(rollout.groups)
             )
             if loop.is_evaluated(step):

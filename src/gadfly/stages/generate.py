@@ -7,9 +7,9 @@ from pathlib import Path
 
 from gadfly.checkpoint import latest_checkpoint, open_checkpoint
 from gadfly.config import TRAINING_STAGES
-from gadfly.dataset import load_rows
+from gadfly.dataset import Dataset, load_rows
 from gadfly.errors import CheckpointError, ConfigError
-from gadfly.records import Generation
+from gadfly.records import Generation, generations_file
 from gadfly.run_folder import model_identity
 from gadfly.stages.examples import Example, check_context, tokenise
 from gadfly.stages.roles import StudentRole, open_student
@@ -43,29 +43,37 @@ def generate(run: Run) -> None:
     sets = {name: load_rows(files, needs_response=False) for name, files in run.recipe.data.test.items()}
     for name, data in sets.items():
         run.bad_as_read[f"test.{name}"] = data.bad
-    files = [_file(name, temperature) for name in sets for temperature in run.recipe.generate.temperatures]
+    files = [
+        generations_file(name, temperature)
+        for name in sets
+        for temperature in run.recipe.generate.temperatures
+    ]
     if twice := sorted({file for file in files if files.count(file) > 1}):
         raise ConfigError(f"data.test: two sets would be written to generations/{twice[0]}.jsonl; rename one")
-    cap = run.recipe.generate.max_response_tokens or run.recipe.sampling.max_response_tokens
     for model in _models(run):
         student = None
         for name, data in sets.items():
             for temperature in run.recipe.generate.temperatures:
-                file = _file(name, temperature)
-                longest = run.recipe.sampling.max_prompt_tokens
-                settings = [model.checkpoint, data.fingerprint, longest, cap, temperature, run.recipe.seed]
-                _forget_stale(run, file, model, settings)
-                if _has_figures(run, file, model):
+                file = generations_file(name, temperature)
+                if not _forget_stale(run, file, model, data, temperature) and _has_figures(run, file, model):
                     continue
                 student = student or open_student(run.recipe, model.source, temperature=1.0)
                 examples = tokenise(run, f"test.{name}", data.rows, student.renderer)
-                check_context(student.model, examples, cap)
-                _sample_missing(run, file, model, student, examples, temperature, cap)
+                _sample_missing(run, file, model, student, examples, temperature)
                 _write_figures(run, file, model, student, examples)
+                _write_teacher_figures(run, file, student, examples)
 
 
-def _file(name: str, temperature: float) -> str:
-    return name if temperature == 0 else f"{name}-t{temperature:g}"
+def generate_held_out(run: Run, names: Sequence[str], file: str, data: Dataset) -> None:
+    """Write greedy answers of checkpoints to held-out prompts into `generations/FILE.jsonl`, without figures.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    for model in (_find(run, name) for name in names):
+        _forget_stale(run, file, model, data, 0.0)
+        student = open_student(run.recipe, model.source, temperature=1.0)
+        _sample_missing(run, file, model, student, tokenise(run, "valid", data.rows, student.renderer), 0.0)
 
 
 def _models(run: Run) -> list[Model]:
@@ -107,17 +115,24 @@ def _find(run: Run, name: str) -> Model:
     return Model(arm, f"{step} ({checkpoint.digest[:8]})", str(checkpoint.path / "student"))
 
 
-def _forget_stale(run: Run, file: str, model: Model, settings: Sequence[object]) -> None:
-    """Drop figures and rows of this model that were made with other settings."""
+def _cap(run: Run) -> int:
+    return run.recipe.generate.max_response_tokens or run.recipe.sampling.max_response_tokens
+
+
+def _forget_stale(run: Run, file: str, model: Model, data: Dataset, temperature: float) -> bool:
+    """Drop figures and rows of this model that were made with other settings. Returns whether it did."""
+    longest, seed = run.recipe.sampling.max_prompt_tokens, run.recipe.seed
+    settings = [model.checkpoint, data.fingerprint, longest, _cap(run), temperature, seed]
     state = run.folder.read_json("generations/state.json")
     key, now = f"{file}/{model.name}", "|".join(map(str, settings))
     if state.get(key) == now:
-        return
+        return False
     summary = run.folder.read_json("summary.json")
     summary.get("evaluation", {}).get(model.name, {}).pop(file, None)
     run.folder.write_json("summary.json", summary)
     run.folder.keep_rows(f"generations/{file}.jsonl", lambda row: row.get("model") != model.name)
     run.folder.write_json("generations/state.json", {**state, key: now})
+    return True
 
 
 def _has_figures(run: Run, file: str, model: Model) -> bool:
@@ -134,8 +149,9 @@ def _sample_missing(
     student: StudentRole,
     examples: Sequence[Example],
     temperature: float,
-    cap: int,
 ) -> None:
+    cap = _cap(run)
+    check_context(student.model, examples, cap)
     rows = run.folder.rows(f"generations/{file}.jsonl")
     written = {row["id"] for row in rows if row.get("model") == model.name}
     todo = [example for example in examples if example.row.id not in written]
@@ -203,4 +219,21 @@ def _write_figures(
     run.folder.update_summary(
         "evaluation",
         {model.name: {file: {name: figure.as_record() for name, figure in figures.items()}}},
+    )
+
+
+def _write_teacher_figures(run: Run, file: str, student: StudentRole, examples: Sequence[Example]) -> None:
+    """What can be said of the teacher's own responses, in the student's tokens: the row to hold others to."""
+    told = [example.row.responses[0] for example in examples if example.row.responses]
+    if not told:
+        return
+    lengths = [len(student.renderer.response_tokens(response.text, response.finished)) for response in told]
+    figures = {
+        "response_tokens": mean(lengths),
+        "finished_fraction": share([response.finished for response in told]),
+        "repetition": mean([repetition(response.text) for response in told]),
+    }
+    run.folder.update_summary(
+        "evaluation",
+        {"teacher": {file: {name: figure.as_record() for name, figure in figures.items()}}},
     )

@@ -1,26 +1,33 @@
-"""Every stage in its order, each skipped when it is done."""
+"""Every stage in its order, each skipped when it is done or not configured."""
 
 import logging
 from collections.abc import Callable
+from importlib import import_module
 
 from gadfly.dataset import load_rows
-from gadfly.stages.gad import gad
-from gadfly.stages.generate import generate
-from gadfly.stages.report import report
 from gadfly.stages.run import Run
-from gadfly.stages.sft import seqkd, seqkd_equal_time
-from gadfly.stages.warmup import warmup
 
 logger = logging.getLogger(__name__)
 
-STAGES: dict[str, Callable[[Run], None]] = {
-    "seqkd": seqkd,
-    "warmup": warmup,
-    "gad": gad,
-    "seqkd-equal-time": seqkd_equal_time,
-    "generate": generate,
-    "report": report,
+STAGES = {
+    "collect": "gadfly.stages.collect:collect",
+    "seqkd": "gadfly.stages.sft:seqkd",
+    "warmup": "gadfly.stages.warmup:warmup",
+    "gad": "gadfly.stages.gad:gad",
+    "best": "gadfly.stages.best:best",
+    "seqkd-equal-time": "gadfly.stages.sft:seqkd_equal_time",
+    "generate": "gadfly.stages.generate:generate",
+    "judge": "gadfly.stages.judge:judge",
+    "report": "gadfly.stages.report:report",
 }
+"""Module and function of every stage."""
+
+
+def stage(name: str) -> Callable[[Run], None]:
+    """The function of a stage. Its module is loaded now: not every stage needs torch."""
+    module, function = STAGES[name].split(":")
+    found: Callable[[Run], None] = getattr(import_module(module), function)
+    return found
 
 
 def run_stages(run: Run) -> None:
@@ -28,10 +35,24 @@ def run_stages(run: Run) -> None:
     for files in run.recipe.data.test.values():
         # A test set that cannot be read is better known before the training than after it.
         load_rows(files, needs_response=False)
-    for name, stage in STAGES.items():
-        if name == "seqkd-equal-time" and not run.recipe.seqkd.equal_time:
-            continue
-        if name == "generate" and not run.recipe.data.test:
-            logger.info("generate: skipped, the recipe has no data.test")
-            continue
-        stage(run)
+    for name in STAGES:
+        if reason := _not_configured(run, name):
+            logger.info("%s: skipped, %s", name, reason)
+        else:
+            stage(name)(run)
+
+
+def _not_configured(run: Run, name: str) -> str:
+    """Why a stage has nothing to do in this run; empty if it has."""
+    recipe = run.recipe
+    if name == "collect" and (recipe.data.prompts is None or recipe.teacher.model is None):
+        return "the recipe has no data.prompts and teacher.model"
+    if name == "collect" and recipe.data.train is not None:
+        return "the recipe has data.train"
+    if name == "seqkd-equal-time" and not recipe.seqkd.equal_time:
+        return "seqkd.equal_time is false"
+    if name == "best" and recipe.checkpoints.best_by == "rouge_l":
+        return 'checkpoints.best_by is "rouge_l"'
+    if name in ("generate", "judge") and not recipe.data.test:
+        return "the recipe has no data.test"
+    return ""

@@ -1,5 +1,6 @@
 """Student, discriminator and reference, opened for a stage: from the base models or from a checkpoint."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,21 @@ from gadfly.discriminator import (
     read_scores,
     save_discriminator,
 )
-from gadfly.engine import Engine
+from gadfly.engine import Engine, Precision, faster_precision
 from gadfly.groups import Group, reread
-from gadfly.models import LogprobReader, Logprobs, Scores, load_language_model, save_language_model
+from gadfly.models import (
+    LogprobReader,
+    Logprobs,
+    Scores,
+    default_device,
+    load_language_model,
+    save_language_model,
+)
+from gadfly.run_folder import RunFolder
 from gadfly.samplers import LocalSampler, Sampler
 from gadfly.stages.examples import Example
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def open_student(
         model,
         LogprobReader(temperature),
         micro_batch_tokens=recipe.engine.micro_batch_tokens,
-        precision=recipe.engine.precision,
+        precision=precision_of(recipe),
         optimizer=optimizer or recipe.student,
     )
     # One unsharded process: the sampler may share the student's tensors, and its update costs
@@ -93,7 +104,7 @@ def open_reference(recipe: Recipe, source: str | Path, *, temperature: float) ->
         model,
         LogprobReader(temperature),
         micro_batch_tokens=recipe.engine.micro_batch_tokens,
-        precision=recipe.engine.precision,
+        precision=precision_of(recipe),
     )
 
 
@@ -107,10 +118,28 @@ def open_discriminator(recipe: Recipe, saved: Path | None, base: str | Path) -> 
         model,
         read_scores,
         micro_batch_tokens=recipe.engine.micro_batch_tokens,
-        precision=recipe.engine.precision,
+        precision=precision_of(recipe),
         optimizer=recipe.discriminator,
     )
     return DiscriminatorRole(model, renderer, engine, recipe.discriminator.reads == "text")
+
+
+def precision_of(recipe: Recipe) -> Precision:
+    """The precision of the recipe; `auto` is the faster one, measured once and kept in `precision.json`.
+
+    A resumed run takes what was kept, since another measurement might come out differently.
+    """
+    if recipe.engine.precision != "auto":
+        return recipe.engine.precision
+    assert recipe.run_folder is not None, "load_recipe fills it in"
+    folder = RunFolder(recipe.run_folder)
+    kept = folder.read_json("precision.json")
+    if not kept:
+        precision, measured = faster_precision(default_device())
+        kept = {"precision": precision, **measured}
+        folder.write_json("precision.json", kept)
+        logger.info("engine.precision: %s is the faster one here", precision)
+    return "bfloat16" if kept["precision"] == "bfloat16" else "float32"
 
 
 def restore_optimizer(engine: Engine[Logprobs] | Engine[Scores], checkpoint: Checkpoint, role: str) -> None:

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import gadfly
+from gadfly.collected import collected
 from gadfly.config import Recipe
 from gadfly.dataset import BadRow, hold_out, load_rows, normalised_prompt
 from gadfly.errors import ConfigError
@@ -50,9 +51,16 @@ class Run:
             DataError: if a data set has no usable row.
         """
         config = self.recipe.data
-        if config.train is None:
-            raise ConfigError("data.train: must be given: a file with prompts and teacher responses")
-        train = load_rows(config.train, needs_response=True)
+        train = (
+            collected(self.recipe, self.folder)
+            if config.train is None
+            else load_rows(config.train, needs_response=True, train_on=self.recipe.teacher.train_on)
+        )
+        if train is None:
+            raise ConfigError(
+                "data.train: must be given: a file with prompts and teacher responses (or data.prompts and "
+                "teacher.model, and `gadfly collect` asks for them)"
+            )
         self.bad_as_read["train"] = train.bad
         if config.valid is None:
             kept, held_out = hold_out(train.rows, float(config.valid_share))

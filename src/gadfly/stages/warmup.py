@@ -18,6 +18,7 @@ from gadfly.stages.diagnostics import (
     Metrics,
     discriminator_metrics,
     group_metrics,
+    ranking_metrics,
     rollout_metrics,
     student_scores,
 )
@@ -95,7 +96,10 @@ def warmup(run: Run) -> None:
                 objective = discriminator_objective(rollout.told, recipe.discriminator.loss)
                 scores, loss = discriminator.engine.forward_backward(rollout.told, objective)
                 metrics |= discriminator_metrics(scores, rollout.told) | {"discriminator/loss": loss}
-                metrics |= group_metrics(student_scores(scores, rollout.told), rollout.groups)
+                sample_scores = student_scores(scores, rollout.told)
+                metrics |= group_metrics(sample_scores, rollout.groups)
+                if loop.is_evaluated(step):
+                    metrics |= ranking_metrics(sample_scores, rollout.groups)
                 metrics |= rollout_metrics(rollout.groups)
                 metrics["discriminator/grad_norm"] = discriminator.engine.clip_gradients()
                 loop.mark("discriminator")
@@ -105,17 +109,17 @@ def warmup(run: Run) -> None:
                     teachers, sft_objective(teachers)
                 )
                 metrics["student/grad_norm"] = student.engine.clip_gradients()
-                student.engine.step(
-                    scheduled_learning_rate(
-                        settings.learning_rate,
-                        settings.learning_rate_schedule,
-                        plan.student_step(step),
-                        plan.joint,
-                    )
+                metrics["detail/learning_rate"] = student_rate = scheduled_learning_rate(
+                    settings.learning_rate,
+                    settings.learning_rate_schedule,
+                    plan.student_step(step),
+                    plan.joint,
                 )
+                student.engine.step(student_rate)
                 student.sampler.update(student.engine.weights())
                 loop.mark("student")
             if discriminator_moves:
+                metrics["detail/discriminator_learning_rate"] = discriminator_rate
                 discriminator.engine.step(discriminator_rate)
             loop.log(metrics)
 

@@ -50,6 +50,12 @@ _REFERENCES = {
 # A second curve in the same drawing, dashed, and what it is.
 _COMPANIONS = {"rollout/finished_fraction": ("detail/teacher_finished_fraction", "dashed: the teacher's")}
 
+# What a reader of the tables would take for the same figure.
+_LOOKALIKES = {
+    "evaluation/rouge_l": "the teacher's answer is cut at {cap} tokens like the student's, while the tables "
+    "compare with the whole one: do not compare the two",
+}
+
 _PARTS = {
     "discriminator": ("The discriminator", "discriminator"),
     "probe": ("The discriminator", "discriminator"),
@@ -117,7 +123,10 @@ def _panel(evidence: Evidence, stage: str, metric: Metric, curve: Curve) -> Pane
     trend = smooth(curve)
     ends = dict.fromkeys((number(float(trend.middle[0])), number(float(trend.middle[-1]))))
     svg = _draw(f"{stage} {metric.name}", metric, trend, smooth(companion) if companion else None)
-    return Panel(metric, svg, " → ".join(ends), note if companion else "")
+    if not companion:
+        cap = f"{evidence.recipe.sampling.max_response_tokens:,}"
+        note = _LOOKALIKES.get(metric.name, "").format(cap=cap)
+    return Panel(metric, svg, " → ".join(ends), note)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from gadfly.stages.report.chosen import Choice, best_words, choices
+from gadfly.stages.report.collection import collection
 from gadfly.stages.report.curves import PanelGroup, stage_panels
 from gadfly.stages.report.reading import Evidence, StageState
 from gadfly.stages.report.remarks import NUM_CHECKS, remarks
@@ -39,7 +41,7 @@ def render_page(evidence: Evidence) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shortened": shortened, "counted": counted, "duration": duration}
+    environment.filters |= {"shortened": shortened, "counted": counted, "duration": duration, "zip": zip}
     return environment.get_template("page.html.jinja").render(_content(evidence))
 
 
@@ -49,7 +51,7 @@ def _finalize(value: object) -> object:
 
 def _content(evidence: Evidence) -> dict[str, Any]:
     recipe = evidence.recipe
-    tables = result_tables(evidence)
+    tables, chosen = result_tables(evidence), choices(evidence)
     return {
         "recipe": recipe,
         "student": _model_name(recipe.student.model),
@@ -58,17 +60,27 @@ def _content(evidence: Evidence) -> dict[str, Any]:
         "stages": [(stage_label(stage.name), stage) for stage in evidence.stages.values()],
         "machine": _machine(evidence.environment),
         "tables": tables,
-        "has_rouge": any("ROUGE-L" in table.columns for table in tables),
+        "has_rouge": any(column.name == "rouge_l" for table in tables for column in table.columns),
+        "batch_prompts": evidence.batch_prompts,
+        "choices": chosen,
+        "collection": collection(evidence),
         "remarks": remarks(evidence),
         "num_checks": NUM_CHECKS,
         "sections": _stage_sections(evidence),
         "before_and_after": before_and_after(evidence),
         "generations": [
-            (chapter, how_sampled(recipe, chapter.title)) for chapter in model_against_model(evidence)
+            (_whose(chapter.title, chosen), how_sampled(recipe, chapter.title), chapter.comparisons)
+            for chapter in model_against_model(evidence)
         ],
         "rollouts": best_and_worst(evidence),
         "settings": settings_of(recipe),
     }
+
+
+def _whose(title: str, chosen: list[Choice]) -> str:
+    """What generations are answers to: test prompts, or those that a best checkpoint was chosen on."""
+    stages = [choice.stage for choice in chosen if choice.test_set == title]
+    return f"Held-out prompts, checkpoints of {stages[0]}" if stages else f"Test prompts of {title}"
 
 
 def _model_name(model: str) -> str:
@@ -92,15 +104,17 @@ def _stage_sections(evidence: Evidence) -> list[StageSection]:
     names = [stage.name for stage in drawn]
     opened = "gad" if "gad" in names else next(iter(names[-1:]), None)
     return [
-        StageSection(stage_label(stage.name), _facts(stage), groups[stage.name], stage.name == opened)
+        StageSection(
+            stage_label(stage.name), _facts(evidence, stage), groups[stage.name], stage.name == opened
+        )
         for stage in drawn
     ]
 
 
-def _facts(stage: StageState) -> str:
+def _facts(evidence: Evidence, stage: StageState) -> str:
     facts = counted(stage.steps, "step")
     if stage.seconds is None:
         facts += " so far"
     if stage.best_step is not None:
-        facts += f"; best held-out ROUGE-L among the kept checkpoints at step {stage.best_step:,}"
+        facts += f"; {best_words(evidence, stage.name, stage.best_step)}"
     return facts

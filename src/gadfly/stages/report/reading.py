@@ -69,6 +69,12 @@ class Evidence:
     curves: dict[str, dict[str, Curve]]
     samples: list[Record]
     generations: dict[str, list[Record]]
+    pairwise: Record = field(default_factory=dict)
+    """By test set and pair, as the judge stage wrote it; so are the next two, by test set and by stage."""
+    judge: Record = field(default_factory=dict)
+    best: Record = field(default_factory=dict)
+    collect: Record = field(default_factory=dict)
+    """What the teacher was asked; empty if its answers came from elsewhere."""
 
     def curve(self, stage: str, metric: str) -> Curve | None:
         """A curve with at least one point; None if there is none."""
@@ -79,6 +85,23 @@ class Evidence:
     def test_sets(self) -> list[str]:
         """Names of the test sets with figures, in the order they were written."""
         return list(dict.fromkeys(name for sets in self.evaluation.values() for name in sets))
+
+    def figures_of(self, test_set: str) -> dict[str, dict[str, Figure]]:
+        """The figures of every model that has any on a test set."""
+        return {model: sets[test_set] for model, sets in self.evaluation.items() if test_set in sets}
+
+    @property
+    def held_out_prompts(self) -> int:
+        """Prompts of the evaluations while training: as many as asked for, or all that were held out."""
+        return self._at_most(self.recipe.evaluation.prompts, "valid")
+
+    @property
+    def batch_prompts(self) -> int:
+        """Prompts of a GAD step: as many as asked for, or all there are."""
+        return self._at_most(self.recipe.gad.batch_prompts, "train")
+
+    def _at_most(self, wanted: int, data: str) -> int:
+        return min(wanted, self.data[data]["rows"]) if data in self.data else wanted
 
 
 def read_evidence(folder: RunFolder, recipe: Recipe) -> Evidence:
@@ -99,6 +122,7 @@ def read_evidence(folder: RunFolder, recipe: Recipe) -> Evidence:
         curves=curves,
         samples=folder.rows("samples.jsonl"),
         generations={path.stem: folder.rows(f"generations/{path.name}") for path in generations},
+        **{part: summary.get(part, {}) for part in ("pairwise", "judge", "best", "collect")},
     )
 
 
@@ -147,21 +171,30 @@ def _best_step(folder: RunFolder, stage: str) -> int | None:
 def _evaluation(models: dict[str, Any]) -> Evaluation:
     return {
         model: {
-            name: {figure: _figure(record) for figure, record in figures.items() if _is_finite(record)}
+            name: {
+                figure: found
+                for figure, record in figures.items()
+                if (found := read_figure(record)) is not None
+            }
             for name, figures in sets.items()
         }
         for model, sets in models.items()
     }
 
 
-def _is_finite(record: Record) -> bool:
-    return isinstance(record["value"], int | float) and math.isfinite(record["value"])
+def read_figure(record: Record | None) -> Figure | None:
+    """A figure as `summary.json` holds it; None where there is none, or its value is not finite.
 
-
-def _figure(record: Record) -> Figure:
+    Example:
+        >>> read_figure({"value": 0.5, "n": 10, "interval": [0.24, 0.76]})
+        Figure(value=0.5, n=10, low=0.24, high=0.76)
+    """
+    value = record["value"] if record else None
+    if not (record and isinstance(value, int | float) and math.isfinite(value)):
+        return None
     low, high = record["interval"]
     return Figure(
-        float(record["value"]),
+        float(value),
         record["n"],
         -math.inf if low is None else float(low),
         math.inf if high is None else float(high),

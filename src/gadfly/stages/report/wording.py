@@ -3,6 +3,8 @@
 import math
 import unicodedata
 
+from gadfly.statistics import Figure
+
 MODELS: dict[str, tuple[str, str]] = {
     "base": ("Base", "the student before any training"),
     "seqkd": ("SeqKD", "SFT on the teacher's answers"),
@@ -13,6 +15,7 @@ MODELS: dict[str, tuple[str, str]] = {
         "Discriminator's LM",
         "the discriminator as a language model; not a student",
     ),
+    "teacher": ("Teacher", "the model behind the answers"),
 }
 """The models of a run in the order of the tables, each with a few words on what it is."""
 
@@ -26,11 +29,29 @@ STAGES: dict[str, str] = {
 
 _FIGURES = {
     "valid_fraction": "valid share",
+    "judge_score": "judge score",
+    "judge_score_of_means": "judge score of means",
+    "tell_accuracy": "tell accuracy",
+    "tell_accuracy_same_length": "tell accuracy, same length",
     "rouge_l": "ROUGE-L",
     "response_tokens": "length, tokens",
     "finished_fraction": "finished share",
     "repetition": "repeated 4-grams",
 }
+
+EXPLANATIONS: dict[str, str] = {
+    "judge_score": "0 to 100, beside the judge's own answer to the prompt: 50 is as good as that one. Mean "
+    "over the prompts of answer / (answer + judge's own).",
+    "judge_score_of_means": "The same scale, as the ratio of the mean scores.",
+    "tell_accuracy": "How often an independent classifier tells a model's answers from the teacher's, on "
+    "prompts it was not trained on. Lower is better; the goal is 0.5, chance.",
+    "tell_accuracy_same_length": "The same with both answers cut to the same number of words, so that length "
+    "gives nothing away.",
+}
+"""One line on each figure that its label does not explain."""
+
+# How a sentence names a model, where that is not its label.
+_SPOKEN = {"base": "the base model", "seqkd-equal-time": "SeqKD at equal time", "teacher": "the teacher"}
 
 # Format characters that text needs: joiners of emoji and Indic or Persian script, direction marks.
 _KEPT_FORMAT = "\u200c\u200d\u200e\u200f\u061c"
@@ -39,6 +60,11 @@ _KEPT_FORMAT = "\u200c\u200d\u200e\u200f\u061c"
 def model_label(name: str) -> str:
     """What a model is called; a further arm by its own name."""
     return MODELS[name][0] if name in MODELS else name
+
+
+def spoken(name: str) -> str:
+    """What a model is called in a sentence."""
+    return _SPOKEN.get(name) or model_label(name)
 
 
 def stage_label(name: str) -> str:
@@ -80,6 +106,16 @@ def number(value: float) -> str:
     if 0 < size < 0.01:
         return f"{value:.2g}"
     return f"{value:.3f}" if size <= 1 else f"{value:.2f}"
+
+
+def percent(share: float) -> str:
+    r"""A share in whole percent, below 1 % with the digit that matters.
+
+    Example:
+        >>> percent(0.714), percent(0.0017)
+        ('71\xa0%', '0.2\xa0%')
+    """
+    return f"{100 * share:.0f}\u00a0%" if share == 0 or share >= 0.01 else f"{100 * share:.1g}\u00a0%"
 
 
 def duration(seconds: float) -> str:
@@ -151,3 +187,8 @@ def interval(low: float, high: float) -> str:
     if not (math.isfinite(low) and math.isfinite(high)):
         return "no interval"
     return f"{number(low)}–{number(high)}"  # noqa: RUF001  an en dash is what stands between numbers
+
+
+def with_interval(figure: Figure) -> str:
+    """A figure with its interval and n, as a sentence tells it."""
+    return f"{number(figure.value)} ({interval(figure.low, figure.high)}, n\u00a0=\u00a0{figure.n:,})"

@@ -5,46 +5,25 @@ otherwise. Reading a file, `key=value` and error messages are `recipe_file.py`; 
 what a recipe may hold.
 """
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from gadfly.config.api import JudgeConfig, TeacherConfig
+from gadfly.config.section import Count, Files, Name, PositiveRate, Schedule, Section, Steps, Text
 
 TRAINING_STAGES = ("seqkd", "seqkd-equal-time", "discriminator-lm", "warmup", "gad")
 """Stages with checkpoints, each in the folder of its name."""
 
 
-def _file_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError("use letters, digits, '.', '_' and '-', beginning with a letter or a digit")
-    return name
-
-
-Name = Annotated[str, AfterValidator(_file_name)]
-Text = Annotated[str, Field(min_length=1)]
-PositiveRate = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Steps = Annotated[int, Field(ge=0)]
-Schedule = Literal["constant", "cosine"]
-Files = Text | Annotated[list[Text], Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A table of the recipe: frozen, and a key it does not know is a mistake."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-    )
-
-
 class DataConfig(Section):
     """Where prompts and teacher responses come from. A value is a file, a list of files, or a hub name."""
 
+    prompts: Files | None = None
+    """Prompts for `collect` to put to the teacher; responses they may carry are not read."""
     train: Files | None = None
-    """Prompts with teacher responses: JSONL, Parquet, or a Hugging Face data set (`name` or `name:split`)."""
+    """Prompts with teacher responses: JSONL, Parquet, or a Hugging Face data set (`name` or `name:split`).
+    Default: what `collect` has gathered."""
     valid: Files | None = None
     """Held-out prompts with teacher responses. Without it, `valid_share` of `train` is held out."""
     test: dict[Name, Files] = {}
@@ -205,6 +184,9 @@ class CheckpointsConfig(Section):
     """Newest checkpoints kept."""
     keep_best: bool = True
     """Also keep the checkpoint with the best held-out ROUGE-L: a diagnostic, not a verdict on quality."""
+    best_by: Literal["rouge_l", "score", "tell"] = "rouge_l"
+    """How `gad/best` is chosen. `score` and `tell` judge answers to the held-out prompts by every checkpoint
+    that is kept (so keep more with `keep_last`): the highest score, or the hardest to tell."""
 
 
 class EngineConfig(Section):
@@ -212,10 +194,11 @@ class EngineConfig(Section):
 
     micro_batch_tokens: Count = 16384
     """Tokens in one forward and backward pass; a single group may exceed it."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16`: matrix products of training under autocast, faster on processors that have it. Weights,
-    scores and losses stay in `student.dtype`, and so does sampling: sampled and trained log-probabilities
-    then differ by rounding, logged as `detail/sampler_gap_nats`."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """`bfloat16`: matrix products of training under autocast, faster on processors that have it, many times
+    slower on others; `auto` takes the faster one, measured once a run. Weights, scores and losses stay in
+    `student.dtype`, and so does sampling: sampled and trained log-probabilities then differ by rounding
+    (`detail/sampler_gap_nats`)."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: torch's own choice. Tiny models run best on one or two."""
 
@@ -239,6 +222,7 @@ class Recipe(Section):
     run_folder: Text | None = None
     """Overrides `runs/NAME`."""
     data: DataConfig = DataConfig()
+    teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -247,6 +231,7 @@ class Recipe(Section):
     gad: GadConfig = GadConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     generate: GenerateConfig = GenerateConfig()
+    judge: JudgeConfig = JudgeConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     engine: EngineConfig = EngineConfig()
     trackers: TrackersConfig = TrackersConfig()

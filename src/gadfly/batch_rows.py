@@ -1,0 +1,63 @@
+"""The lines of a batch's files: how a question is put, and what an answer or an error means."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+from openai.types.chat import ChatCompletion
+
+from gadfly.chat_answer import ChatAnswer, RequestFailed, answer_of
+from gadfly.chat_api import ChatApi
+from gadfly.chat_request import ChatRequest
+from gadfly.run_folder import Record
+
+ENDPOINT: Final = "/v1/chat/completions"
+
+# Turned down for what they say, not for who asks or when.
+_PASSING = frozenset({401, 403, 404, 408, 409, 429})
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """Writes and reads the lines of one API's batches."""
+
+    api: ChatApi
+
+    def line(self, request: ChatRequest) -> bytes:
+        """A line of the file to upload; the answer's line will have the same `custom_id`."""
+        fields = self.api.fields(request)
+        more = fields.pop("extra_body") or {}
+        row = {"custom_id": request.key, "method": "POST", "url": ENDPOINT, "body": fields | more}
+        return json.dumps(row).encode() + b"\n"
+
+    def answer(self, row: Record, attempts: int, cap_name: str) -> ChatAnswer:
+        """The answer that a line of the output or the errors holds.
+
+        Args:
+            row: the line.
+            attempts: how often the question was submitted.
+            cap_name: what the batch called the cap of an answer.
+
+        Raises:
+            RequestFailed: it holds none; beside the usual kinds, `expired` and `cancelled` were not asked.
+        """
+        response = row.get("response") or {}
+        status, body = response.get("status_code"), response.get("body")
+        if status != 200:
+            error = (body.get("error") if isinstance(body, dict) else None) or row.get("error")
+            raise self._failure(status, error if isinstance(error, dict) else {}, cap_name)
+        content = ChatCompletion.construct(**body) if isinstance(body, dict) else body
+        return answer_of(content, response.get("request_id"), attempts)
+
+    def _failure(self, status: int | None, error: dict[str, Any], cap_name: str) -> RequestFailed:
+        message, code = (str(error.get(name) or "") for name in ("message", "code"))
+        told = self.api.told(f"{status or code}: {message}")
+        if status == 400 and "max_completion_tokens" in message and cap_name == "max_tokens":
+            return RequestFailed("no-max-tokens", told)
+        if status == 429:
+            return RequestFailed("rate-limit", told)
+        if status and 400 <= status < 500 and status not in _PASSING:
+            return RequestFailed("rejected", told)
+        if code in ("batch_expired", "batch_cancelled"):
+            return RequestFailed(code.removeprefix("batch_"), told)
+        return RequestFailed("server-error", told)

@@ -1,0 +1,32 @@
+"""What every section of a recipe is, and the kinds of value it may hold."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("use letters, digits, '.', '_' and '-', beginning with a letter or a digit")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_file_name)]
+Text = Annotated[str, Field(min_length=1)]
+PositiveRate = Annotated[float, Field(gt=0, le=1, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Steps = Annotated[int, Field(ge=0, strict=True)]
+Schedule = Literal["constant", "cosine"]
+Files = Text | Annotated[list[Text], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A table of the recipe: frozen, and a key it does not know is a mistake."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )

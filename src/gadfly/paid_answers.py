@@ -1,0 +1,103 @@
+"""Answers that were paid for: each on disk before it counts, found again by its key, never asked twice."""
+
+import contextlib
+import errno
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+from gadfly.chat_request import Question
+from gadfly.errors import RunFolderError
+from gadfly.run_folder import Record, RunFolder
+from gadfly.spending import Usage
+
+# The system is told to bring rows to the disk itself this often; a killed process loses none in any case.
+_SYNC_SECONDS = 1.0
+
+
+class PaidAnswers:
+    """A JSONL file of answers, one a line, by the `key` of their question.
+
+    Example:
+        >>> import tempfile
+        >>> answers = PaidAnswers(RunFolder(tempfile.mkdtemp()), "teacher.jsonl")
+        >>> with answers.open():
+        ...     answers.keep({"key": "a", "response": "4"})
+        >>> answers.by_key["a"]["response"]
+        '4'
+    """
+
+    def __init__(self, folder: RunFolder, name: str):
+        """Read what is there.
+
+        Raises:
+            RunFolderError: a line is no JSON object.
+        """
+        self.path = folder.path / name
+        self._folder, self._name = folder, name
+        self.by_key: dict[str, Record] = {row["key"]: row for row in folder.rows(name) if "key" in row}
+        self._synced_at = 0.0
+        self._file: int | None = None
+        self._size = 0
+
+    def of(self, questions: Sequence[Question]) -> list[Record]:
+        """The answers to these questions that are on disk, in their order."""
+        return [self.by_key[key] for question in questions if (key := question.request.key) in self.by_key]
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Be ready to keep answers."""
+        # Cuts off the half row a kill may have left, and complains where the folder cannot be written.
+        self._folder.append_rows(self._name, [])
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self._size = os.fstat(self._file).st_size
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file)
+            os.close(self._file)
+            self._file = None
+
+    def keep(self, row: Record) -> None:
+        """Put an answer on disk; it counts from then on.
+
+        Raises:
+            RunFolderError: the disk is full or the file cannot be written.
+        """
+        assert self._file is not None, "open() comes first"
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        try:
+            self._append(self._file, line)
+        except OSError as failure:
+            raise RunFolderError(
+                f"{self.path}: cannot be written: {failure.strerror}; the {len(self.by_key):,} rows before "
+                f"are whole"
+            ) from None
+        self.by_key[row["key"]] = row
+
+    def _append(self, file: int, line: bytes) -> None:
+        if os.write(file, line) != len(line):
+            # The disk took half a row: without it the file is whole, and smaller rows may still fit.
+            os.ftruncate(file, self._size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._size += len(line)
+        if time.monotonic() - self._synced_at > _SYNC_SECONDS:
+            os.fsync(file)
+            self._synced_at = time.monotonic()
+
+
+def usage_of(row: Record) -> Usage:
+    """Tokens of an answer on disk as the server counted them; none where it did not say."""
+    return _usage(row.get("usage"))
+
+
+def charged_to(row: Record) -> Usage:
+    """At most so many tokens were paid for to get an answer on disk, attempts that broke off included."""
+    return _usage(row.get("charged") or row.get("usage"))
+
+
+def _usage(counts: Record | None) -> Usage:
+    counts = counts or {}
+    return Usage(int(counts.get("prompt_tokens", 0)), int(counts.get("completion_tokens", 0)))

@@ -1,0 +1,86 @@
+"""`score`: the paper's protocol. Each answer is scored beside the judge's own answer to the same prompt."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gadfly.run_folder import Record
+from gadfly.stages.judge.answer_sheets import AnswerSheet
+from gadfly.stages.judge.bench import Bench
+from gadfly.stages.judge.judge_prompt import load_prompt
+from gadfly.stages.judge.score_protocol import (
+    ScoredPrompt,
+    Scores,
+    mean_of_ratios,
+    num_unparsable,
+    ratio_of_means,
+    read_scores,
+)
+from gadfly.stages.run import Run
+from gadfly.statistics import Figure
+
+
+class _Place(NamedTuple):
+    model: str
+    id: str
+    student_first: bool
+
+
+def score(run: Run, sheet: AnswerSheet) -> tuple[dict[str, dict[str, Figure]], list[Record], Record]:
+    """Score every model's answers to a test set.
+
+    Returns:
+        The figures of each model, the verdicts as rows, and the number of unreadable ones by model.
+
+    Raises:
+        ConfigError: no judge is named, or its prompt file is wrong.
+        ApiError: the judge cannot be asked, or left questions unanswered.
+    """
+    bench, config = Bench(run, "score"), run.recipe.judge
+    prompt = load_prompt(config.score_prompt or "score")
+    cap = config.reference_max_tokens or (
+        run.recipe.generate.max_response_tokens or run.recipe.sampling.max_response_tokens
+    )
+    label = f"judge {sheet.name}"
+    own = {row.id: bench.own_answer(row.messages, cap) for row in sheet.rows}
+    references = {id_: row["response"] for id_, row in bench.ask(f"{label} references", own).items()}
+
+    cases = {}
+    for model, answers in sheet.answers.items():
+        for row in sheet.answered_by(model):
+            for student_first in (True, False) if config.both_orders else (False,):
+                pair = (answers[row.id], references[row.id])
+                first, second = pair if student_first else reversed(pair)
+                place = _Place(model, row.id, student_first)
+                cases[place] = prompt.fill(prompt=row.prompt, first=first, second=second)
+    verdicts, texts = bench.verdicts(
+        f"{label} score", cases, lambda place, text: read_scores(text, student_first=place.student_first)
+    )
+    rows = [_row(place, scores, texts[place], references[place.id]) for place, scores in verdicts.items()]
+    scored = {
+        model: [
+            ScoredPrompt(row.id, tuple(v for place, v in verdicts.items() if place[:2] == (model, row.id)))
+            for row in sheet.answered_by(model)
+        ]
+        for model in sheet.answers
+    }
+    figures = {model: _figures(prompts) for model, prompts in scored.items()}
+    return figures, rows, {model: num_unparsable(prompts) for model, prompts in scored.items()}
+
+
+def _figures(prompts: Sequence[ScoredPrompt]) -> dict[str, Figure]:
+    if num_unparsable(prompts) == len(prompts):
+        return {}
+    return {"judge_score": mean_of_ratios(prompts), "judge_score_of_means": ratio_of_means(prompts)}
+
+
+def _row(place: _Place, scores: Scores | None, text: str, reference: str) -> Record:
+    return {
+        "method": "score",
+        "model": place.model,
+        "id": place.id,
+        "student_first": place.student_first,
+        "student": scores and scores.student,
+        "reference": scores and scores.reference,
+        "verdict": text,
+        "reference_response": reference,
+    }

@@ -1,0 +1,45 @@
+"""`tell`: whether an independent classifier can tell each model's answers from the teacher's."""
+
+import logging
+
+from gadfly.stages.judge.answer_sheets import TEACHER, AnswerSheet
+from gadfly.stages.run import Run
+from gadfly.statistics import Figure
+from gadfly.tell import MIN_PROMPTS, Embed, Pair, same_length, tell_accuracy
+
+logger = logging.getLogger(__name__)
+
+
+def told(run: Run, sheet: AnswerSheet) -> dict[str, dict[str, Figure]]:
+    """How often each model's answers are told from the teacher's; 0.5 is chance.
+
+    Returns:
+        Two figures a model: on the texts as they are, and with both cut to the same number of words, so that
+        length gives nothing away. Nothing for a set without the teacher's responses, or with too few of them.
+    """
+    if TEACHER not in sheet.answers:
+        logger.info("judge %s: no tell, the set has no teacher responses", sheet.name)
+        return {}
+    embed = _embedder(run)
+    figures = {}
+    for model, answers in sheet.answers.items():
+        if model == TEACHER:
+            continue
+        rows = sheet.answered_by(model, TEACHER)
+        if len(rows) < MIN_PROMPTS:
+            logger.info("judge %s: no tell, %d answers are too few (%d)", sheet.name, len(rows), MIN_PROMPTS)
+            continue
+        pairs = [Pair(row.prompt, sheet.answers[TEACHER][row.id], answers[row.id]) for row in rows]
+        figures[model] = {
+            "tell_accuracy": tell_accuracy(pairs, embed),
+            "tell_accuracy_same_length": tell_accuracy(same_length(pairs), embed),
+        }
+    return figures
+
+
+def _embedder(run: Run) -> Embed | None:
+    if run.recipe.judge.tell_model is None:
+        return None
+    from gadfly.tell_model import open_embedder  # noqa: PLC0415  needs torch
+
+    return open_embedder(run.recipe.judge.tell_model)

@@ -1,0 +1,45 @@
+"""Remarks in words: what was seen, the numbers, the likely cause, and what to change.
+
+Every threshold is a starting point from cases others have met, not a measured optimum. There is no
+overall health score: a run can look fine in every figure and still be none the better for it.
+"""
+
+from collections.abc import Callable, Iterator
+
+from gadfly.stages.report.reading import Evidence
+from gadfly.stages.report.remarks.bounds import BOUNDS, out_of_bounds
+from gadfly.stages.report.remarks.judging import favoured, longer_and_judged, unreadable
+from gadfly.stages.report.remarks.remark import Remark
+from gadfly.stages.report.remarks.training import (
+    cut_off,
+    drift,
+    few_held_out,
+    few_steps,
+    memorising,
+    not_finite,
+    repetition,
+)
+from gadfly.stages.report.remarks.trust import bad_rows, no_equal_time_baseline, other_settings
+
+CHECKS: tuple[Callable[[Evidence], Iterator[Remark]], ...] = (
+    no_equal_time_baseline,
+    favoured,
+    unreadable,
+    longer_and_judged,
+    few_steps,
+    few_held_out,
+    out_of_bounds,
+    cut_off,
+    memorising,
+    drift,
+    repetition,
+    not_finite,
+    other_settings,
+    bad_rows,
+)
+NUM_CHECKS = len(CHECKS) - 1 + len(BOUNDS)
+
+
+def remarks(evidence: Evidence) -> list[Remark]:
+    """Every remark that applies, those on the trust in the result first."""
+    return [remark for check in CHECKS for remark in check(evidence)]
