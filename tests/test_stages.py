@@ -131,7 +131,7 @@ def test_two_models_of_one_name_are_refused_and_folders_have_their_own(
     with open_run(load_recipe(recipe_file, [f'generate.checkpoints=["base", "{tiny_model}"]'])) as run:
         generate(run)
         arms = list(run.folder.read_json("summary.json")["evaluation"])
-    assert arms == ["base", "/".join(tiny_model.parts[-3:])]
+    assert arms == ["base", "teacher", "/".join(tiny_model.parts[-3:])]
     with (
         open_run(load_recipe(recipe_file, ['generate.checkpoints=["base", "base"]'])) as run,
         pytest.raises(ConfigError, match="base is named twice"),

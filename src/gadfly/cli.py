@@ -5,6 +5,7 @@ gadfly STAGE recipe.toml [key=value ...]    one stage
 gadfly demo                                 the whole method on a scripted teacher, in minutes
 """
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -116,10 +117,11 @@ def _stage(name: str) -> Callable[[Any], None]:
     return run_stages if name == "run" else stage(name)
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"gadfly {gadfly.__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -136,6 +138,8 @@ class _Stopped(SystemExit):
 
 
 def _stop(number: int, _: object) -> None:
+    # The task that is interrupted would be complained of after the end.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     raise _Stopped(128 + number)
 
 

@@ -73,7 +73,7 @@ def generations_file(test_set: str, temperature: float) -> str:
     """What the generations of a test set at a temperature are called: `generations/NAME.jsonl`.
 
     Example:
-        >>> generations_file("vicuna", 0), generations_file("vicuna", 0.8)
+        >>> generations_file("vicuna", 0.0), generations_file("vicuna", 0.8)
         ('vicuna', 'vicuna-t0.8')
     """
     return test_set if temperature == 0 else f"{test_set}-t{temperature:g}"
