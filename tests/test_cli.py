@@ -15,7 +15,19 @@ from safetensors.torch import load_file, save_file
 import gadfly
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
-COMMANDS = ("run", "seqkd", "warmup", "gad", "seqkd-equal-time", "generate", "report", "demo")
+COMMANDS = (
+    "run",
+    "collect",
+    "seqkd",
+    "warmup",
+    "gad",
+    "best",
+    "seqkd-equal-time",
+    "generate",
+    "judge",
+    "report",
+    "demo",
+)
 
 
 def command(*arguments: object) -> list[str]:

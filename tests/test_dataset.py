@@ -606,3 +606,22 @@ def test_real_prompts_split_near_the_share():
     # Four standard deviations of a binomial share with some 10,000 prompts.
     assert len(valid) / len(dataset.rows) == pytest.approx(0.1, abs=0.012)
     assert len(train) + len(valid) == len(dataset.rows)
+
+
+def test_a_marked_refusal_is_used_where_it_is_wanted(tmp_path):
+    path = tmp_path / "teacher.jsonl"
+    row = {"prompt": "Who?", "response": "I will not say.", "finish_reason": "refusal", "mark": "refusal"}
+    other = {"prompt": "Why?", "response": "Because.", "mark": None}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n")
+    without = load_rows(str(path), needs_response=True)
+    assert ([row.prompt for row in without.rows], without.bad_by_reason()) == (["Why?"], {"refusal": 1})
+    wanted = load_rows(str(path), needs_response=True, train_on=["refusal"])
+    assert [row.prompt for row in wanted.rows] == ["Who?", "Why?"]
+
+
+def test_samples_of_one_prompt_become_its_responses(tmp_path):
+    path = tmp_path / "teacher.jsonl"
+    rows = [{"id": "a", "prompt": "Who?", "response": f"I {n}.", "sample_index": n} for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,) = load_rows(str(path), needs_response=True).rows
+    assert [response.text for response in row.responses] == ["I 0.", "I 1.", "I 2."]

@@ -153,6 +153,26 @@ def test_an_unreadable_verdict_is_asked_again_and_then_counted(generated: Folder
     assert sum(server.ledger.paid.values()) == NUM_PROMPTS + 2 * (2 * NUM_PROMPTS + 1)
 
 
+def test_a_prompt_the_judge_left_blank_itself_is_left_out_and_counted(generated: Folder) -> None:
+    recipe = generated({"gad": lambda n: f"good {n}"})
+
+    def sometimes_blank(body: Body) -> str:
+        return " " if is_reference(body) and "question 2" in texts(body) else score_judge(body)
+
+    with FaultServer(answer=sometimes_blank) as server:
+        summary = run_judge(recipe, server, "judge.method=score", 'judge.models=["gad"]')
+    assert summary["judge"]["quiz"]["unparsable"] == {"gad": 1}
+    assert summary["evaluation"]["gad"]["quiz"]["judge_score"]["n"] == NUM_PROMPTS - 1
+
+
+def test_pairs_that_are_judged_no_longer_leave_the_summary(generated: Folder) -> None:
+    recipe = generated({"base": lambda n: "bad", "seqkd": lambda n: "bad", "gad": lambda n: "good"})
+    with FaultServer(answer=lambda _: "[[A]]") as server:
+        run_judge(recipe, server, "judge.method=pairwise")
+        summary = run_judge(recipe, server, "judge.method=pairwise", 'judge.pairs=[["gad", "seqkd"]]')
+    assert list(summary["pairwise"]["quiz"]) == ["gad vs seqkd"]
+
+
 def test_every_verdict_can_be_read_in_the_run_folder(generated: Folder) -> None:
     recipe = generated({"seqkd": lambda n: f"bad {n}", "gad": lambda n: f"good {n}"})
     with FaultServer(answer=score_judge) as server:

@@ -47,6 +47,7 @@ LAYERS = (
         "row_formats",
         "row_sources",
         "run_folder",
+        "model_identity",
         "metrics",
         "statistics",
         "text_metrics",

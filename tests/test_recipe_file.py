@@ -316,6 +316,27 @@ def test_a_key_in_the_place_of_its_name_is_refused_and_not_repeated(write: Calla
     assert "sk-abc123" not in told
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            'base_url = "http://host/v1?key=secret"',
+            "teacher.base_url: must end with the path, as in http://localhost:8000/v1, without ? or #",
+        ),
+        (
+            'extra_body = { stream = true, model = "b", seed = 1 }',
+            "teacher.extra_body = {'stream': True, 'model': 'b', 'seed': 1}: "
+            "model, stream: not here; the request has its own from other settings",
+        ),
+    ],
+)
+def test_what_would_change_the_request_behind_the_settings_is_refused(
+    write: Callable[[str], Path], line: str, told: str
+) -> None:
+    recipe = write(f'name = "a"\n[student]\nmodel = "m"\n[teacher]\n{line}\n')
+    assert mistakes(recipe) == [f"pirate.toml: {told}"]
+
+
 def test_an_address_with_a_password_is_refused_and_not_repeated(write: Callable[[str], Path]) -> None:
     recipe = write('name = "a"\n[student]\nmodel = "m"\n[judge]\nbase_url = "http://me:secret@host/v1"\n')
     (told,) = mistakes(recipe)

@@ -23,6 +23,7 @@ from gadfly.config import TeacherConfig
 from gadfly.errors import GadflyError
 from gadfly.paid_answers import PaidAnswers
 from gadfly.run_folder import RunFolder
+from gadfly.spending import spell_dollars
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +253,7 @@ class _Asking:
             told = ", ".join(f"{count} {status}" for status, count in statuses)
             parts.append(f"waiting for {len(looked)} batches ({told})")
         if (dollars := self._api.spending.dollars) is not None:
-            parts.append(f"${dollars:,.2f}")
+            parts.append(spell_dollars(dollars))
         if errors := self._api.errors.most_common():
             parts.append("errors: " + ", ".join(f"{count} {kind}" for kind, count in errors))
         if self._book.open:

@@ -5,10 +5,10 @@ gadfly STAGE recipe.toml [key=value ...]    one stage
 gadfly demo                                 the whole method on a scripted teacher, in minutes
 """
 
-import logging
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,11 +61,9 @@ def collect(
     if not (dry_run or trial):
         typer.echo(f"collect: done, in {_do('collect', recipe, overrides)}")
         return
-    from gadfly.recipe_file import load_recipe  # noqa: PLC0415
     from gadfly.stages import collect as stage  # noqa: PLC0415
-    from gadfly.stages.run import open_run  # noqa: PLC0415
 
-    with open_run(load_recipe(recipe, overrides or [])) as opened:
+    with _open(recipe, overrides) as opened:
         typer.echo(stage.estimate(opened) if dry_run else stage.trial(opened))
 
 
@@ -102,12 +100,17 @@ def demo(
 
 def _do(name: str, recipe_path: Path, overrides: list[str] | None) -> Path:
     """Do a stage, or all of them, and return the run folder."""
+    with _open(recipe_path, overrides) as opened:
+        _stage(name)(opened)
+        path: Path = opened.folder.path
+        return path
+
+
+def _open(recipe_path: Path, overrides: list[str] | None) -> AbstractContextManager[Any]:
     from gadfly.recipe_file import load_recipe  # noqa: PLC0415  `--help` needs no pydantic
     from gadfly.stages.run import open_run  # noqa: PLC0415
 
-    with open_run(load_recipe(recipe_path, overrides or [])) as opened:
-        _stage(name)(opened)
-        return opened.folder.path
+    return open_run(load_recipe(recipe_path, overrides or []))
 
 
 def _stage(name: str) -> Callable[[Any], None]:
@@ -138,8 +141,6 @@ class _Stopped(SystemExit):
 
 
 def _stop(number: int, _: object) -> None:
-    # The task that is interrupted would be complained of after the end.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     raise _Stopped(128 + number)
 
 

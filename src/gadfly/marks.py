@@ -11,8 +11,11 @@
 
 import re
 
-_CUT = frozenset({"length", "max_tokens", "model_length"})
-_WITHHELD = frozenset({"content_filter", "safety"})
+CUT = frozenset({"length", "max_tokens", "model_length"})
+"""What providers call an answer that the limit cut; compared without case."""
+WITHHELD = frozenset({"content_filter", "safety"})
+"""And one that was withheld."""
+
 # Longer texts that begin like this go on to answer.
 _REFUSAL_CHARACTERS = 400
 # "I can't help but agree" and "I can't help falling in love" refuse nothing.
@@ -38,11 +41,11 @@ def mark_of(text: str, finish_reason: str | None = None, refusal: str | None = N
         ('refusal', None)
     """
     reason = (finish_reason or "").casefold()
-    if reason in _WITHHELD:
+    if reason in WITHHELD:
         return "content-filter"
     plain = text.strip().replace("\u2019", "'")
     if refusal or reason == "refusal" or (len(plain) <= _REFUSAL_CHARACTERS and _REFUSAL.match(plain)):
         return "refusal"
     if not plain:
         return "empty"
-    return "cut" if reason in _CUT else None
+    return "cut" if reason in CUT else None

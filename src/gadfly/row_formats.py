@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from gadfly.marks import CUT, WITHHELD
 from gadfly.records import Message, Row, TeacherResponse
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -20,9 +21,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _PROMPTS = ("messages", "prompt", "content")
 _RESPONSES = ("response", "teacher_response", "responses")
 _RESPONSE_TEXTS = ("response", "text", "content")
-# What providers call an answer that the limit cut, and one that was withheld; compared without case.
-_CUT = frozenset({"length", "max_tokens", "model_length"})
-_REFUSED = frozenset({"content_filter", "safety", "refusal"})
 
 FIELDS = ("id", *_PROMPTS, *_RESPONSES, "finish_reason", "teacher", "mark", "sample_index")
 """Every field that is read; the columns to ask of a wide table."""
@@ -82,10 +80,11 @@ def parse_row(
             raise BadField("no-response", f"none of {', '.join(_RESPONSES)} is given")
         responses = []
         reasons = _for_each(fields, "finish_reason", len(given))
+        refused = WITHHELD | ({"refusal"} - set(train_on))
         teachers = _for_each(fields, "teacher", len(given))
         for number, item in enumerate(given):
             try:
-                responses.append(_response(item, reasons[number], teachers[number]))
+                responses.append(_response(item, reasons[number], teachers[number], refused))
             except BadField as fault:
                 place = f"response {number + 1} of {len(given)}: " if len(given) > 1 else ""
                 bad.append(BadField(fault.reason, place + fault.detail))
@@ -135,7 +134,9 @@ def _given_responses(fields: Mapping[Any, Any]) -> list[Any] | None:
     return given if isinstance(given, list) else [given]
 
 
-def _response(item: object, finish_reason: object, teacher: object) -> TeacherResponse:
+def _response(
+    item: object, finish_reason: object, teacher: object, refused: Collection[str]
+) -> TeacherResponse:
     if isinstance(item, Mapping):
         finish_reason = _or_else(item.get("finish_reason"), finish_reason)
         teacher = _or_else(item.get("teacher"), teacher)
@@ -143,7 +144,7 @@ def _response(item: object, finish_reason: object, teacher: object) -> TeacherRe
         item = None if key is None else item[key]
     reason = None if finish_reason is None else _text(finish_reason, "finish_reason")
     reason = None if reason is None else reason.casefold()
-    if reason in _REFUSED:
+    if reason in refused:
         raise BadField("content-filter", f"finish_reason: {reason}; response: {excerpt(item)}")
     if item is None:
         raise BadField("no-response", "null, or without text")
@@ -152,7 +153,7 @@ def _response(item: object, finish_reason: object, teacher: object) -> TeacherRe
         raise BadField("empty-response", excerpt(text))
     return TeacherResponse(
         text,
-        finished=reason not in _CUT,
+        finished=reason not in CUT,
         teacher=None if teacher is None else _text(teacher, "teacher"),
     )
 

@@ -102,6 +102,12 @@ class RunFolder:
         merge(summary.setdefault(section, {}), content)
         self.write_json("summary.json", summary)
 
+    def replace_in_summary(self, section: str, content: Record) -> None:
+        """Put entries into one section of `summary.json`, each in place of what it held before."""
+        summary = self.read_json("summary.json")
+        summary.setdefault(section, {}).update(content)
+        self.write_json("summary.json", summary)
+
     def rows(self, name: str) -> list[Record]:
         """All rows of a JSONL file; a last line cut by a kill is left out.
 
@@ -271,24 +277,6 @@ def _drop_half_row(file: BinaryIO) -> None:
     if file.read(1) != b"\n":
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def model_identity(name: str | None) -> str | None:
-    """A hub name as it is; a model folder by its own name and a hash over both ends of weights and settings.
-
-    So a folder may move, and other weights in its place are noticed without reading all of a large model.
-    """
-    if name is None or not Path(name).is_dir():
-        return name
-    folder, digest = Path(name).resolve(), hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return f"{folder.name} ({digest.hexdigest()[:8]})"
 
 
 def hash_file(path: Path) -> str:

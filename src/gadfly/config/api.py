@@ -7,6 +7,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gadfly.config.section import Count, Section, Text
 
+# What a request is made of besides, or what would change the kind of reply.
+_OWN_FIELDS = frozenset({"model", "messages", "n", "stream", "temperature", "top_p", "max_tokens"})
+
 Dollars = Annotated[float, Field(ge=0)]
 
 
@@ -22,11 +25,19 @@ def _environment_variable(name: str) -> str:
 def _address(url: str) -> str:
     if not re.match(r"https?://[^/\s]", url):
         raise ValueError("must begin with http:// or https://, as in http://localhost:8000/v1")
+    if "?" in url or "#" in url:
+        raise ValueError("must end with the path, as in http://localhost:8000/v1, without ? or #")
     if "@" in url.split("//", 1)[1].split("/", 1)[0]:
         raise ValueError(
             "must hold no user name or password; put the key into the variable api_key_env names"
         )
     return url
+
+
+def _further_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(_OWN_FIELDS & fields.keys()):
+        raise ValueError(f"{', '.join(taken)}: not here; the request has its own from other settings")
+    return fields
 
 
 class Price(Section):
@@ -65,7 +76,7 @@ class ApiConfig(Section):
     max_response_tokens: Count | None = None
     """Cap of an answer, sent as `max_tokens` (or as `max_completion_tokens` where the server wants that).
     Default: the server's."""
-    extra_body: dict[str, Any] = {}
+    extra_body: Annotated[dict[str, Any], AfterValidator(_further_fields)] = {}
     """Further fields of each request, as they are: `{ reasoning_effort = "low" }`."""
     concurrency: Annotated[int, Field(ge=1, le=1000)] = 16
     """Requests in flight at once."""

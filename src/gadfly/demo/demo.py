@@ -79,6 +79,9 @@ def _table(folder: RunFolder) -> str:
     )
     lines = ["".join([f"{'model':<20}", *(f"{title:<26}" for title, _, _ in columns), "n"])]
     for model, sets in evaluation.items():
+        if _VALID not in sets["test"]:
+            # The teacher wrote the test set's answers; the oracle is asked about models.
+            continue
         cells = [_cell(sets[name][figure]) for _, name, figure in columns]
         count = sets["test"][_VALID]["n"]
         lines.append("".join([f"{model:<20}", *(f"{cell:<26}" for cell in cells), str(count)]))

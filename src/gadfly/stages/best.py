@@ -6,7 +6,6 @@ Never by the training reward: its scorer moves.
 import logging
 
 from gadfly.checkpoint import checkpoint_steps, point
-from gadfly.dataset import Dataset
 from gadfly.errors import CheckpointError, ConfigError, DataError
 from gadfly.stages.generate import generate_held_out
 from gadfly.stages.judge.answer_sheets import TEACHER, AnswerSheet
@@ -40,7 +39,7 @@ def best(run: Run) -> None:
     names = {f"{_STAGE}/step-{step:06d}": step for step in checkpoint_steps(folder)}
     if not names:
         raise CheckpointError(f"best: no checkpoint under {folder}; run `gadfly gad RECIPE` first")
-    figures = _figures(run, list(names))
+    num_prompts, figures = _figures(run, list(names))
     # The score is better when higher; what tells the student from the teacher is better when lower.
     sign = 1 if by == "score" else -1
     chosen = max(figures, key=lambda name: sign * figures[name].value)
@@ -49,29 +48,32 @@ def best(run: Run) -> None:
         "step": names[chosen],
         "by": "judge_score" if by == "score" else "tell_accuracy",
         "set": _SET,
-        "n": figures[chosen].n,
+        "n": num_prompts,
         "candidates": {name: figure.as_record() for name, figure in figures.items()},
     }
-    run.folder.update_summary("best", {_STAGE: note})
+    run.folder.replace_in_summary("best", {_STAGE: note})
     logger.info("best: %s of %d checkpoints, by %s", chosen, len(figures), note["by"])
 
 
-def _figures(run: Run, names: list[str]) -> dict[str, Figure]:
-    rows = run.data.valid[: run.recipe.evaluation.prompts]
-    if not rows:
+def _figures(run: Run, names: list[str]) -> tuple[int, dict[str, Figure]]:
+    """How many held-out prompts were answered, and what decides, by checkpoint."""
+    if not run.data.valid:
         raise DataError("best: no held-out prompts to choose by; give data.valid or data.valid_share")
-    generate_held_out(run, names, _SET, Dataset(rows))
+    generate_held_out(run, names, _SET)
     answers: dict[str, dict[str, str]] = {name: {} for name in names}
     for row in run.folder.rows(f"generations/{_SET}.jsonl"):
         if row["model"] in answers:
             answers[row["model"]][row["id"]] = row["response"]
+    rows = AnswerSheet(_SET, run.data.valid, answers).answered_by(*names)
     if run.recipe.checkpoints.best_by == "score":
-        scored, *_ = score(run, AnswerSheet(_SET, rows, answers))
-        return {name: figures["judge_score"] for name, figures in scored.items() if figures}
+        scored, *_ = score(run, AnswerSheet(_SET, tuple(rows), answers))
+        if not all(scored.values()):
+            raise DataError("best: no verdict on a checkpoint could be read; name another judge.model")
+        return len(rows), {name: figures["judge_score"] for name, figures in scored.items()}
     answers[TEACHER] = {row.id: row.responses[0].text for row in rows}
-    figures = told(run, AnswerSheet(_SET, rows, answers))
-    if not figures:
+    told_apart = told(run, AnswerSheet(_SET, tuple(rows), answers))
+    if not told_apart:
         raise DataError(
             f"best: {len(rows)} held-out prompts are too few to tell by; raise evaluation.prompts"
         )
-    return {name: named["tell_accuracy_same_length"] for name, named in figures.items()}
+    return len(rows), {name: figures["tell_accuracy_same_length"] for name, figures in told_apart.items()}

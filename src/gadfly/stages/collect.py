@@ -131,7 +131,7 @@ def _note(run: Run, asked: Sequence[Question], answers: PaidAnswers) -> None:
     marks = Counter(row["mark"] for row in rows if row.get("mark"))
     _tell(run, rows, marks)
     spending = spent_before(run.recipe.teacher, answers)
-    run.folder.update_summary("collect", _facts(rows, marks, spending))
+    run.folder.replace_in_summary("collect", _facts(rows, marks, spending))
 
 
 def _facts(rows: Sequence[Record], marks: Counter[str], spending: Spending) -> Record:

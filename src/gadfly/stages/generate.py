@@ -9,8 +9,8 @@ from gadfly.checkpoint import latest_checkpoint, open_checkpoint
 from gadfly.config import TRAINING_STAGES
 from gadfly.dataset import Dataset, load_rows
 from gadfly.errors import CheckpointError, ConfigError
+from gadfly.model_identity import model_identity
 from gadfly.records import Generation, generations_file
-from gadfly.run_folder import model_identity
 from gadfly.stages.examples import Example, check_context, tokenise
 from gadfly.stages.roles import StudentRole, open_student
 from gadfly.stages.rollout import sample_groups
@@ -64,16 +64,23 @@ def generate(run: Run) -> None:
                 _write_teacher_figures(run, file, student, examples)
 
 
-def generate_held_out(run: Run, names: Sequence[str], file: str, data: Dataset) -> None:
-    """Write greedy answers of checkpoints to held-out prompts into `generations/FILE.jsonl`, without figures.
+def generate_held_out(run: Run, names: Sequence[str], file: str) -> None:
+    """Write greedy answers of checkpoints to the held-out prompts that training is evaluated on.
+
+    They go into `generations/FILE.jsonl`, and no figures are made of them.
 
     Raises:
         CheckpointError: there is no such checkpoint.
     """
+    rows, num_prompts = run.data.valid, run.recipe.evaluation.prompts
     for model in (_find(run, name) for name in names):
-        _forget_stale(run, file, model, data, 0.0)
+        _forget_stale(run, file, model, Dataset(rows), 0.0)
+        written = [row for row in run.folder.rows(f"generations/{file}.jsonl") if row["model"] == model.name]
+        if len(written) == min(num_prompts, len(rows)):
+            continue
         student = open_student(run.recipe, model.source, temperature=1.0)
-        _sample_missing(run, file, model, student, tokenise(run, "valid", data.rows, student.renderer), 0.0)
+        examples = tokenise(run, "valid", rows, student.renderer)[:num_prompts]
+        _sample_missing(run, file, model, student, examples, 0.0)
 
 
 def _models(run: Run) -> list[Model]:
@@ -129,6 +136,9 @@ def _forget_stale(run: Run, file: str, model: Model, data: Dataset, temperature:
         return False
     summary = run.folder.read_json("summary.json")
     summary.get("evaluation", {}).get(model.name, {}).pop(file, None)
+    # What a judge said was of the old answers too.
+    for section in ("pairwise", "judge"):
+        summary.get(section, {}).pop(file, None)
     run.folder.write_json("summary.json", summary)
     run.folder.keep_rows(f"generations/{file}.jsonl", lambda row: row.get("model") != model.name)
     run.folder.write_json("generations/state.json", {**state, key: now})
@@ -139,7 +149,8 @@ def _has_figures(run: Run, file: str, model: Model) -> bool:
     """Whether everything is there: figures are written when the last answer is."""
     evaluation = run.folder.read_json("summary.json").get("evaluation", {})
     has_rows = any(row.get("model") == model.name for row in run.folder.rows(f"generations/{file}.jsonl"))
-    return has_rows and file in evaluation.get(model.name, {})
+    # Not by any figure: a judge may have added its own to a set that is not finished.
+    return has_rows and "finished_fraction" in evaluation.get(model.name, {}).get(file, {})
 
 
 def _sample_missing(

@@ -16,8 +16,9 @@ from gadfly.collected import collected
 from gadfly.config import Recipe
 from gadfly.dataset import BadRow, hold_out, load_rows, normalised_prompt
 from gadfly.errors import ConfigError
+from gadfly.model_identity import model_identity
 from gadfly.records import Row
-from gadfly.run_folder import RunFolder, model_identity, stage_settings
+from gadfly.run_folder import RunFolder, stage_settings
 from gadfly.trackers import Tracker, open_trackers
 
 logger = logging.getLogger(__name__)

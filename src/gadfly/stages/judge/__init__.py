@@ -45,13 +45,13 @@ def judge(run: Run) -> None:
             noted |= {"both_orders": config.both_orders, "unparsable": unparsable}
         if "pairwise" in methods:
             results, rows = pairwise(run, sheet)
-            run.folder.update_summary("pairwise", {sheet.name: results})
+            run.folder.replace_in_summary("pairwise", {sheet.name: results})
             verdicts += rows
         if "tell" in methods:
             _note(run, sheet, told(run, sheet))
         if asks_api:
             run.folder.write_rows(f"verdicts/{sheet.name}.jsonl", verdicts)
-        run.folder.update_summary("judge", {sheet.name: noted})
+        run.folder.replace_in_summary("judge", {sheet.name: noted})
         logger.info("judge %s: done, %s", sheet.name, ", ".join(methods))
 
 

@@ -42,12 +42,18 @@ def score(run: Run, sheet: AnswerSheet) -> tuple[dict[str, dict[str, Figure]], l
     )
     label = f"judge {sheet.name}"
     own = {row.id: bench.own_answer(row.messages, cap) for row in sheet.rows}
-    references = {id_: row["response"] for id_, row in bench.ask(f"{label} references", own).items()}
+    # Beside no answer every student would look good.
+    references = {
+        id_: row["response"]
+        for id_, row in bench.ask(f"{label} references", own).items()
+        if row["response"].strip()
+    }
+    orders = (True, False) if config.both_orders else (False,)
 
     cases = {}
     for model, answers in sheet.answers.items():
         for row in sheet.answered_by(model):
-            for student_first in (True, False) if config.both_orders else (False,):
+            for student_first in orders if row.id in references else ():
                 pair = (answers[row.id], references[row.id])
                 first, second = pair if student_first else reversed(pair)
                 place = _Place(model, row.id, student_first)
@@ -58,7 +64,7 @@ def score(run: Run, sheet: AnswerSheet) -> tuple[dict[str, dict[str, Figure]], l
     rows = [_row(place, scores, texts[place], references[place.id]) for place, scores in verdicts.items()]
     scored = {
         model: [
-            ScoredPrompt(row.id, tuple(v for place, v in verdicts.items() if place[:2] == (model, row.id)))
+            ScoredPrompt(row.id, tuple(verdicts.get(_Place(model, row.id, order)) for order in orders))
             for row in sheet.answered_by(model)
         ]
         for model in sheet.answers

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from gadfly.run_folder import Record, differences, model_identity
+from gadfly.model_identity import model_identity
+from gadfly.run_folder import Record, differences
 from gadfly.stages.report.reading import Evidence
 from gadfly.stages.report.remarks.remark import Remark
 from gadfly.stages.report.wording import counted, stage_label
