@@ -18,6 +18,9 @@ import pytest
 from fault_server import Answer, BatchPlan, Fault, FaultServer
 
 from gadfly.batch_book import BOOK_FILE
+from gadfly.batch_rows import BatchRows
+from gadfly.chat_answer import RequestFailed
+from gadfly.chat_api import ChatApi
 from gadfly.chat_request import ChatRequest
 from gadfly.errors import ApiError, GadflyError, RunFolderError, UserError
 from gadfly.recipe_file import load_recipe
@@ -171,14 +174,58 @@ def test_done_is_done(bench: Bench) -> None:
     assert_each_is_paid_once(server, bench, 6)
 
 
-def test_a_trial_submits_its_prompts_only(bench: Bench) -> None:
+def test_a_trial_asks_one_by_one_and_the_rest_is_a_batch(bench: Bench) -> None:
     with FaultServer() as server:
         bench.write(server.base_url, prompts=25)
         with open_run(load_recipe(bench.recipe)) as run:
-            assert "> say" in trial(run)
+            told = trial(run)
+        assert "> say" in told
+        assert told.endswith("the trial was asked one by one, at the price of single requests")
+        assert (server.ledger.seen.total(), sizes(server)) == (20, [])
         bench.collect()
-        assert sizes(server) == [20, 5]
+        assert sizes(server) == [5]
     assert_each_is_paid_once(server, bench, 25)
+
+
+def test_what_an_open_batch_holds_is_neither_asked_by_a_trial_nor_counted_by_a_dry_run(bench: Bench) -> None:
+    faults, reached = hold("GET /v1/batches/{id}")
+    with FaultServer(route_faults=faults) as server:
+        bench.write(server.base_url)
+        with bench.start() as process:
+            assert reached.wait(60)
+            process.kill()
+        with open_run(load_recipe(bench.recipe)) as run:
+            told = estimate(run)
+            with pytest.raises(UserError, match=r"and run `gadfly collect` to get their answers"):
+                trial(run)
+        assert told == (
+            "6 questions to gpt-4o, 0 answered already, 6 in a batch at the provider\n"
+            "to ask, if every answer reaches the cap: about 0 tokens of prompts, 0 of answers: "
+            "no price given (teacher.price)"
+        )
+        bench.collect()
+    assert_each_is_paid_once(server, bench, 6)
+
+
+def test_rows_of_any_shape_are_failures_of_their_questions(bench: Bench) -> None:
+    bench.write("http://127.0.0.1:9/v1")
+    rows = BatchRows(ChatApi(load_recipe(bench.recipe).teacher, "teacher"))
+    for row in (
+        {"response": "text"},
+        {"response": {"status_code": "200", "body": {}}},
+        {"response": {"status_code": 200, "body": []}},
+        {"response": {"status_code": 400, "body": {"error": "text"}}},
+        {"error": ["text"]},
+    ):
+        with pytest.raises(RequestFailed):
+            rows.answer(row, 1, "max_tokens")
+
+
+def test_a_batch_that_repeats_the_key_is_kept_without_it(bench: Bench) -> None:
+    with FaultServer(answer=lambda _: f"you sent {KEY}", key=KEY) as server:
+        bench.write(server.base_url)
+        bench.collect()
+    assert set(bench.responses.values()) == {"you sent …"}
 
 
 def test_a_dry_run_asks_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,6 +393,27 @@ def test_every_call_may_fail_once(bench: Bench) -> None:
     with FaultServer(route_faults=first) as server:
         bench.write(server.base_url, more="timeout_seconds = 5")
         bench.collect("teacher.max_attempts=9")
+        assert len(created(server)) == 1
+    assert all_are_answered(bench)
+    assert_each_is_paid_once(server, bench, 6)
+
+
+def test_answers_that_a_file_lacks_are_not_paid_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultServer(faults=[], batches=[BatchPlan(polls=1)]) as server:
+        bench.write(server.base_url)
+        with monkeypatch.context() as patched:
+            whole = server._desk.content
+
+            def cut(file_id: str) -> bytes:
+                content = whole(file_id)
+                # The upload is file-1, what was answered file-2.
+                return content if file_id == "file-1" else b"".join(content.splitlines(keepends=True)[:4])
+
+            patched.setattr(server._desk, "content", cut)
+            with pytest.raises(ApiError, match=r"batch_1: its file lacks 2 of 6 answers; the same command"):
+                bench.collect()
+            assert len(bench.rows) == 4
+        bench.collect()
         assert len(created(server)) == 1
     assert all_are_answered(bench)
     assert_each_is_paid_once(server, bench, 6)

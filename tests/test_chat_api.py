@@ -1,6 +1,7 @@
 """What each kind of failure means: for one attempt, for one question, or for all."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -289,6 +290,10 @@ def test_no_part_of_a_key_is_told(show: Callable[[str], str]) -> None:
     assert KEY not in repr(ApiKey(KEY)) + str(vars(ApiKey("")))
 
 
+def test_what_would_act_on_a_terminal_is_not_told() -> None:
+    assert ApiKey(KEY).hidden_in("a\x1b[31mb\x07\u202e c\u2028d\n\u00e9") == "a [31mb c d \u00e9"
+
+
 def test_a_page_that_repeats_the_key_is_told_without_it() -> None:
     async def page(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -349,6 +354,30 @@ def test_an_answer_of_odd_parts_is_read_as_far_as_it_can_be() -> None:
     choice = {"message": message, "finish_reason": 3}
     answer = answer_of(completion(choices=[choice], model=None, usage={"prompt_tokens": "2"}), "r", 2)
     assert answer == ChatAnswer("", None, None, "", "r", None, 2)
+
+
+def test_an_answer_in_parts_is_its_text() -> None:
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "It is "}, {"text": "no"}, "x"]
+    parts.append({"type": "text", "text": "4."})
+    choice = {"message": {"role": "assistant", "content": parts}, "finish_reason": "stop"}
+    assert answer_of(completion(choices=[choice]), None, 1).text == "It is 4."
+
+
+def test_a_count_below_zero_is_no_count() -> None:
+    choice = {"message": {"role": "assistant", "content": "4"}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 3, "completion_tokens": -1000}
+    assert answer_of(completion(choices=[choice], usage=usage), None, 1).usage is None
+
+
+def test_half_a_character_is_replaced_and_two_halves_are_one() -> None:
+    choice = {"message": {"role": "assistant", "content": "a \ud800 b \ud83d\ude00"}, "finish_reason": "stop"}
+    assert answer_of(completion(choices=[choice]), None, 1).text == "a \ufffd b \U0001f600"
+
+
+def test_json_nested_too_deep_is_a_failure_of_the_question() -> None:
+    api = ChatApi(config("http://localhost/v1"), "teacher")
+    with pytest.raises(RequestFailed, match="no-json"), api.failures_told(""):
+        json.loads("[" * 100_000)
 
 
 def test_the_key_of_a_question_is_all_of_it() -> None:

@@ -1,6 +1,7 @@
 """Collecting a teacher's answers through the command itself, from a provider that fails to order."""
 
 import json
+import os
 import random
 import resource
 import signal
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from collecting import KEY, SOURCE, Desk
@@ -21,6 +23,7 @@ from gadfly.config import Recipe
 from gadfly.dataset import load_rows
 from gadfly.recipe_file import load_recipe
 from gadfly.run_folder import RunFolder
+from gadfly.stages.collect import collect
 from gadfly.stages.run import open_run
 
 EVERY_FAULT = [
@@ -325,6 +328,23 @@ def test_a_wrong_key_that_the_server_repeats_in_full_is_not_shown(desk: Desk) ->
     assert "the key in TEACHER_KEY is wrong or expired: 401: Incorrect API key provided: …" in said.error
 
 
+def test_an_answer_that_repeats_the_key_is_kept_without_it(desk: Desk) -> None:
+    said = {"content": f"You sent {KEY}.", "model": KEY, "finish_reason": KEY}
+    with FaultServer(answer=lambda _: said) as server:
+        desk.write(server.base_url)
+        # That no part of the key is anywhere is asserted by the desk.
+        assert desk.collect().code == 0
+    assert {row["response"] for row in desk.rows} == {"You sent …."}
+
+
+def test_a_short_key_is_a_word_that_answers_may_hold(desk: Desk) -> None:
+    with FaultServer(answer=lambda _: "EMPTY sets are sets") as server:
+        desk.write(server.base_url, 1)
+        with mock.patch.dict(os.environ, {"TEACHER_KEY": "EMPTY"}), open_run(load_recipe(desk.recipe)) as run:
+            collect(run)
+    assert [row["response"] for row in desk.rows] == ["EMPTY sets are sets"]
+
+
 def test_a_server_that_is_not_there_is_one_line(desk: Desk) -> None:
     desk.write("http://127.0.0.1:9/v1", teacher="max_attempts = 2")
     said = desk.collect()
@@ -481,6 +501,13 @@ def test_a_trial_asks_twenty_shows_some_and_tells_what_all_would_cost(desk: Desk
         assert bill in said.out
         assert desk.collect().code == 0
         paid_once(server.ledger, 100)
+
+
+def test_what_would_act_on_a_terminal_is_not_shown(desk: Desk) -> None:
+    with FaultServer(answer=lambda _: "\x1b]0;title\x07a\tb\nc") as server:
+        desk.write(server.base_url, 1)
+        assert "\ufffd]0;title\ufffda\tb\nc\n" in desk.collect("--trial").out
+    assert desk.rows[0]["response"] == "\x1b]0;title\x07a\tb\nc"
 
 
 def test_progress_tells_rate_cost_errors_and_time_left(desk: Desk) -> None:

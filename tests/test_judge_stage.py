@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fault_server import Body, Fault, FaultServer
 
@@ -256,3 +257,134 @@ def test_nothing_generated_is_an_error_that_says_what_to_run(generated: Folder) 
     recipe = generated({})
     with pytest.raises(UserError, match="run `gadfly generate RECIPE` first"):
         run_judge(recipe, None)
+
+
+def test_a_case_too_long_for_the_judge_is_left_out_and_counted(generated: Folder) -> None:
+    recipe = generated({"base": lambda n: f"bad {n}", "gad": lambda n: f"good {n}"})
+
+    def too_long(_: int, body: Body) -> Fault | None:
+        return Fault("context_length") if "question 3" in texts(body) and not is_reference(body) else None
+
+    def judge_of_both(body: Body) -> str:
+        return "[[A]]" if "[[C]]" in texts(body) else score_judge(body)
+
+    methods = 'judge.method=["score", "pairwise"]'
+    with FaultServer(answer=judge_of_both, faults=too_long) as server:
+        first = run_judge(recipe, server, methods, 'judge.models=["base", "gad"]')
+        asked = server.ledger.seen.total()
+        assert run_judge(recipe, server, methods, 'judge.models=["base", "gad"]') == first
+        assert server.ledger.seen.total() == asked
+    assert first["judge"]["quiz"]["unparsable"] == {"base": 1, "gad": 1}
+    assert first["evaluation"]["gad"]["quiz"]["judge_score"]["n"] == NUM_PROMPTS - 1
+    pair = first["pairwise"]["quiz"]["gad vs base"]
+    assert (pair["tie"], pair["unparsable"]) == (NUM_PROMPTS - 1, 1)
+
+
+def test_what_the_judge_thinks_is_no_part_of_its_own_answer(generated: Folder) -> None:
+    recipe = generated({"gad": lambda n: f"good {n}"})
+
+    def thinks(body: Body) -> str:
+        if not is_reference(body):
+            return score_judge(body)
+        # Of prompt 2 it never comes to an answer.
+        return "<think>is it bad?" + ("" if "question 2" in texts(body) else "</think>\nmy own answer")
+
+    with FaultServer(answer=thinks) as server:
+        summary = run_judge(recipe, server, "judge.method=score", 'judge.models=["gad"]')
+        assert not any("think>" in body for body in server.ledger.paid)
+    assert summary["judge"]["quiz"]["unparsable"] == {"gad": 1}
+    assert summary["evaluation"]["gad"]["quiz"]["judge_score"]["value"] == pytest.approx(60)
+
+
+def test_no_reference_is_paid_for_where_nothing_is_judged(generated: Folder) -> None:
+    recipe = generated({"gad": lambda n: f"good {n}"})
+    file = recipe.parent / "runs/a/generations/quiz.jsonl"
+    file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines()[:2]))
+    with FaultServer(answer=score_judge) as server:
+        run_judge(recipe, server, "judge.method=score", 'judge.models=["gad"]')
+        assert server.ledger.paid.total() == 2 * (1 + 2)
+
+
+def test_a_lone_model_is_told_from_the_teacher_and_paired_with_any(generated: Folder) -> None:
+    recipe = generated({"base": lambda n: f"bad {n}", "gad": lambda n: f"good {n}"}, num_prompts=20)
+    settings = (
+        'judge.models=["gad"]',
+        'judge.pairs=[["gad", "teacher"]]',
+        'judge.method=["tell", "pairwise"]',
+    )
+    with FaultServer(answer=lambda _: "[[C]]") as server:
+        summary = run_judge(recipe, server, *settings)
+    assert list(summary["evaluation"]) == ["gad"]
+    assert "tell_accuracy" in summary["evaluation"]["gad"]["quiz"]
+    assert list(summary["pairwise"]["quiz"]) == ["gad vs teacher"]
+
+
+def test_pairs_without_gad_must_be_named(generated: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = generated({"base": lambda n: f"bad {n}", "seqkd": lambda n: f"good {n}"})
+    assert run_judge(recipe, None, "judge.method=pairwise")["pairwise"]["quiz"] == {}
+    assert "judge quiz: no pairs, since they are of gad by default; name judge.pairs" in caplog.text
+
+
+def test_figures_are_of_the_judge_that_is_named_beside_them(generated: Folder) -> None:
+    recipe = generated({"base": lambda n: f"bad {n}", "gad": lambda n: f"good {n}"})
+    with FaultServer(answer=lambda body: "[[A]]" if "[[C]]" in texts(body) else score_judge(body)) as server:
+        run_judge(recipe, server, 'judge.method=["score", "pairwise"]')
+        summary = run_judge(recipe, server, "judge.method=pairwise", "judge.model=judge-2")
+        assert summary["judge"]["quiz"]["judge"] == "judge-2"
+        assert not any("judge_score" in sets["quiz"] for sets in summary["evaluation"].values())
+        summary = run_judge(recipe, server, "judge.method=score", 'judge.models=["gad"]')
+    assert (summary["pairwise"]["quiz"], summary["judge"]["quiz"]["methods"]) == ({}, ["score"])
+    assert [model for model, sets in summary["evaluation"].items() if sets["quiz"]] == ["gad"]
+    lines = (recipe.parent / "runs/a/verdicts/quiz.jsonl").read_text().splitlines()
+    assert {json.loads(line)["method"] for line in lines} == {"score"}
+
+
+def test_answers_to_other_prompts_under_the_same_ids_are_not_judged(generated: Folder) -> None:
+    recipe = generated({"gad": lambda n: f"good {n}"})
+    file = recipe.parent / "test.jsonl"
+    file.write_text(file.read_text().replace("question", "quite another question"))
+    with pytest.raises(UserError, match="run `gadfly generate RECIPE` first"):
+        run_judge(recipe, None)
+
+
+def test_the_model_that_tells_is_opened_once(
+    generated: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gadfly import tell_model
+
+    recipe = generated({"gad": lambda n: f"good {n}"}, num_prompts=20)
+    recipe.write_text(recipe.read_text().replace('= "test.jsonl" }', '= "test.jsonl", more = "test.jsonl" }'))
+    generations = recipe.parent / "runs/a/generations"
+    (generations / "more.jsonl").write_text((generations / "quiz.jsonl").read_text())
+    opened: list[str] = []
+
+    def lengths(_: Any, responses: Any) -> Any:
+        return np.array([[float(len(response))] for response in responses])
+
+    def open_embedder(name: str) -> Any:
+        opened.append(name)
+        return lengths
+
+    monkeypatch.setattr(tell_model, "open_embedder", open_embedder)
+    summary = run_judge(recipe, None, "judge.tell_model=lengths")
+    assert opened == ["lengths"]
+    assert set(summary["evaluation"]["gad"]) == {"quiz", "more"}
+
+
+def test_half_a_character_from_the_judge_harms_nothing(generated: Folder) -> None:
+    recipe = generated({"gad": lambda n: f"good {n}"})
+    with FaultServer(answer=lambda body: score_judge(body) + " \ud800") as server:
+        summary = run_judge(recipe, server, "judge.method=score", 'judge.models=["gad"]')
+    assert summary["evaluation"]["gad"]["quiz"]["judge_score"]["value"] == pytest.approx(60)
+    (recipe.parent / "runs/a/verdicts/answers.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_test_set_cannot_take_the_file_of_what_was_paid_for(generated: Folder) -> None:
+    recipe = generated({"gad": lambda n: f"good {n}"})
+    with FaultServer(answer=score_judge) as server:
+        run_judge(recipe, server, "judge.method=score")
+        recipe.write_text(recipe.read_text().replace("quiz =", "answers ="))
+        generations = recipe.parent / "runs/a/generations"
+        (generations / "quiz.jsonl").rename(generations / "answers.jsonl")
+        with pytest.raises(ConfigError, match=r"data\.test\.answers: verdicts/answers\.jsonl holds other"):
+            run_judge(recipe, server, "judge.method=score")

@@ -9,6 +9,8 @@ from gadfly.errors import ConfigError
 # So much of a key in one word makes the word unfit to be shown.
 _FRAGMENT_CHARACTERS = 6
 _LONGEST_CHARACTERS = 200
+# Shorter keys are words, such as the "EMPTY" of some local servers, which an answer may well hold.
+_SECRET_CHARACTERS = 12
 # What looks like a key whosever it is, and what servers show of one: its ends, with stars between.
 _ANY_KEY = re.compile(r"\bsk-[\w*.…-]{4,}|\bBearer\s+\S+|\S*\*{3,}\S*", re.IGNORECASE)
 
@@ -51,10 +53,16 @@ class ApiKey:
 
     def hidden_in(self, text: str) -> str:
         """A text as one line of at most 200 characters, without this key or anything that looks like one."""
-        # Blanks go first, so that what is cut off here could not have been shown.
-        line = _ANY_KEY.sub("…", " ".join(text.split())[: 10 * _LONGEST_CHARACTERS])
+        # Blanks go first, so that what is cut off here could not have been shown; so does what would act on
+        # a terminal.
+        plain = "".join(character if character.isprintable() else " " for character in text)
+        line = _ANY_KEY.sub("…", " ".join(plain.split())[: 10 * _LONGEST_CHARACTERS])
         words = ("…" if any(part in word for part in self._fragments) else word for word in line.split(" "))
         return " ".join(words)[:_LONGEST_CHARACTERS]
+
+    def removed_from(self, text: str) -> str:
+        """A text to be kept, as an answer is, without this key."""
+        return text.replace(self.value, "…") if len(self.value) >= _SECRET_CHARACTERS else text
 
     def __repr__(self) -> str:
         """Nothing of the key."""

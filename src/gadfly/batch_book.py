@@ -136,6 +136,16 @@ class BatchBook:
         )
 
 
+def batches_at_provider(folder: RunFolder) -> list[OpenBatch]:
+    """The open batches that are there, or may be.
+
+    Raises:
+        RunFolderError: the book is not as it was written.
+    """
+    # Without an uploaded file no batch can be there.
+    return [batch for batch in BatchBook(folder).open if batch.file_id]
+
+
 def refuse_open_batches(folder: RunFolder) -> None:
     """See to it that nothing is asked for that a batch at the provider will answer.
 
@@ -143,13 +153,12 @@ def refuse_open_batches(folder: RunFolder) -> None:
         UserError: there is such a batch.
         RunFolderError: the book is not as it was written.
     """
-    # Without an uploaded file no batch can be there.
-    there = [batch for batch in BatchBook(folder).open if batch.file_id]
-    if there:
+    if there := batches_at_provider(folder):
         num_questions = sum(len(batch.submissions) for batch in there)
         raise UserError(
             f"{folder.path / BOOK_FILE}: {num_questions:,} questions are in a batch at the provider; set "
-            f"teacher.batch = true to get their answers, or delete that file to pay for them again"
+            f"teacher.batch = true and run `gadfly collect` to get their answers, or delete that file to pay "
+            f"for them again"
         )
 
 

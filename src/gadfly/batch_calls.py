@@ -87,14 +87,19 @@ class BatchCalls:
             f"waiting for {batch_id}", lambda: batches.retrieve(batch_id), Batch, missing
         )
 
-    async def fetch(self, file_id: str, num_rows: int) -> list[Record]:
-        """The rows of a file; fetched again where it holds fewer than the batch says there are."""
+    async def fetch(self, file_id: str | None, num_rows: int) -> list[Record]:
+        """The rows of a file, none of no file; fetched again where it holds fewer than the batch says."""
+        if file_id is None:
+            return []
         missing = f"no {file_id} there; if it is gone, delete collect/batches.json to ask again"
 
         async def send() -> list[Record]:
             content = (await self._api.client.files.content(file_id)).content
             # Only \n ends a row: an answer may hold any other line separator.
-            return [dict(json.loads(line)) for line in content.split(b"\n") if line.strip()]
+            rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("a row of the file is no object")
+            return rows
 
         for _ in range(_FETCHES):
             rows = await self._repeat(f"fetching {file_id}", send, list, missing)

@@ -41,17 +41,20 @@ class BatchRows:
         Raises:
             RequestFailed: it holds none; beside the usual kinds, `expired` and `cancelled` were not asked.
         """
-        response = row.get("response") or {}
+        response = _table(row.get("response"))
         status, body = response.get("status_code"), response.get("body")
         if status != 200:
-            error = (body.get("error") if isinstance(body, dict) else None) or row.get("error")
-            raise self._failure(status, error if isinstance(error, dict) else {}, cap_name)
+            error = _table(body).get("error") or row.get("error")
+            said = {"message": error} if isinstance(error, str) else _table(error)
+            raise self._failure(status if isinstance(status, int) else None, said, cap_name)
         content = ChatCompletion.construct(**body) if isinstance(body, dict) else body
-        return answer_of(content, response.get("request_id"), attempts)
+        request_id = response.get("request_id")
+        answer = answer_of(content, request_id if isinstance(request_id, str) else None, attempts)
+        return self.api.without_key(answer)
 
     def _failure(self, status: int | None, error: dict[str, Any], cap_name: str) -> RequestFailed:
         message, code = (str(error.get(name) or "") for name in ("message", "code"))
-        told = self.api.told(f"{status or code}: {message}")
+        told = self.api.told(": ".join(filter(None, (str(status or code), message))) or "no reason is given")
         if status == 400 and "max_completion_tokens" in message and cap_name == "max_tokens":
             return RequestFailed("no-max-tokens", told)
         if status == 429:
@@ -61,3 +64,8 @@ class BatchRows:
         if code in ("batch_expired", "batch_cancelled"):
             return RequestFailed(code.removeprefix("batch_"), told)
         return RequestFailed("server-error", told)
+
+
+def _table(value: object) -> dict[str, Any]:
+    """A server may have put anything in its place."""
+    return value if isinstance(value, dict) else {}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from openai.types import Batch, BatchError
 
 from gadfly.asking import Outcome, ended, has_good_answer, rejected_row, row_of, run_stoppable, spent_before
-from gadfly.batch_book import BatchBook, OpenBatch, Submission
+from gadfly.batch_book import BOOK_FILE, BatchBook, OpenBatch, Submission
 from gadfly.batch_calls import BatchCalls
 from gadfly.batch_rows import BatchRows
 from gadfly.chat_answer import ChatAnswer, RequestFailed
@@ -22,7 +22,7 @@ from gadfly.chat_request import Question
 from gadfly.config import TeacherConfig
 from gadfly.errors import GadflyError
 from gadfly.paid_answers import PaidAnswers
-from gadfly.run_folder import RunFolder
+from gadfly.run_folder import Record, RunFolder
 from gadfly.spending import spell_dollars
 
 logger = logging.getLogger(__name__)
@@ -174,16 +174,18 @@ class _Asking:
     async def _harvest(self, batch: OpenBatch, looked: Batch) -> None:
         failed: dict[str, RequestFailed] = {}
         num_answers = looked.request_counts.completed if looked.request_counts else 0
-        for file_id, num_rows in ((looked.output_file_id, num_answers), (looked.error_file_id, 0)):
-            for row in await self._calls.fetch(file_id, num_rows) if file_id else []:
-                submission = batch.submissions.get(key := str(row.get("custom_id")))
-                if submission is None or key in self._answers.by_key:
-                    continue
-                try:
-                    self._keep(submission, self._rows.answer(row, submission.attempts, batch.cap_name))
-                except RequestFailed as failure:
-                    self._api.errors[failure.kind] += 1
-                    failed[key] = failure
+        outputs = await self._calls.fetch(looked.output_file_id, num_answers)
+        errors = await self._calls.fetch(looked.error_file_id, 0)
+        for row in (*outputs, *errors):
+            submission = batch.submissions.get(key := str(row.get("custom_id")))
+            if submission is None or key in self._answers.by_key:
+                continue
+            try:
+                self._keep(submission, self._rows.answer(row, submission.attempts, batch.cap_name))
+            except RequestFailed as failure:
+                self._api.errors[failure.kind] += 1
+                failed[key] = failure
+        self._refuse_lost_answers(batch, outputs, failed, num_answers)
         left = {key: item for key, item in batch.submissions.items() if key not in self._answers.by_key}
         for key, submission in left.items():
             bound = submission.question.request.token_bound
@@ -196,6 +198,22 @@ class _Asking:
         del self._looked[batch.name]
         if refusal:
             raise self._api.fatal(f"{batch.batch_id}: {refusal}")
+
+    def _refuse_lost_answers(
+        self, batch: OpenBatch, outputs: list[Record], failed: dict[str, RequestFailed], num_answers: int
+    ) -> None:
+        """Leave a batch open whose file lacks answers that it says there are: they would be paid for again.
+
+        Raises:
+            ApiError: it does.
+        """
+        absent = batch.submissions.keys() - self._answers.by_key.keys() - failed.keys()
+        given = batch.submissions.keys() & {str(row.get("custom_id")) for row in outputs}
+        if (num_lost := min(len(absent), num_answers - len(given))) > 0:
+            raise self._api.fatal(
+                f"{batch.batch_id}: its file lacks {num_lost:,} of {num_answers:,} answers; the same command "
+                f"looks again, and without {BOOK_FILE} asks and pays again"
+            )
 
     def _keep(self, submission: Submission, answer: ChatAnswer) -> None:
         question = submission.question

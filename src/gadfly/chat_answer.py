@@ -57,9 +57,9 @@ def answer_of(content: object, request_id: str | None, attempts: int) -> ChatAns
         error = getattr(content, "error", None)
         raise RequestFailed("no-choice", f"the answer holds no choice{f', but {error}' if error else ''}")
     counted = [getattr(content.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    prompt, completion = (count if isinstance(count, int) else None for count in counted)
+    prompt, completion = (count if isinstance(count, int) and count >= 0 else None for count in counted)
     return ChatAnswer(
-        text=_text(message, "content") or "",
+        text=_text(message, "content") or _parts(message),
         finish_reason=_text(choice, "finish_reason"),
         refusal=_text(message, "refusal") or None,
         model=_text(content, "model") or "",
@@ -69,6 +69,19 @@ def answer_of(content: object, request_id: str | None, attempts: int) -> ChatAns
     )
 
 
+def _parts(message: object) -> str:
+    """The text of an answer that comes in parts: some servers send thinking and text apart."""
+    content = getattr(message, "content", None)
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if part.get("type") == "text"]
+    return "".join(_whole(text) for text in texts if isinstance(text, str))
+
+
 def _text(holder: object, name: str) -> str | None:
     text = getattr(holder, name, None)
-    return text if isinstance(text, str) else None
+    return _whole(text) if isinstance(text, str) else None
+
+
+def _whole(text: str) -> str:
+    """A text that UTF-8 can hold: half a character, which an escape in JSON may give, is replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

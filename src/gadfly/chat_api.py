@@ -159,7 +159,7 @@ class ChatApi:
                 raw = await self._raw(request, places)
                 content: object = raw.parse()
             self._is_reached = True
-            answer = answer_of(content, raw.request_id, attempts)
+            answer = self.without_key(answer_of(content, raw.request_id, attempts))
         except RequestFailed as failure:
             is_final = failure.kind == "no-max-tokens" and cap_name != "max_tokens"
             kind = "rejected" if is_final else failure.kind
@@ -203,7 +203,7 @@ class ChatApi:
                 raise RequestFailed("unreachable", detail) from None
             kind = "timeout" if isinstance(failure, openai.APITimeoutError) else "cut-off"
             raise RequestFailed(kind, detail) from None
-        except (ValueError, openai.APIError) as failure:
+        except (ValueError, RecursionError, openai.APIError) as failure:
             raise RequestFailed("no-json", self.told(str(failure))) from None
 
     def fields(self, request: ChatRequest) -> dict[str, Any]:
@@ -267,6 +267,13 @@ class ChatApi:
     def fatal(self, why: str) -> ApiError:
         """The error that ends all asking: says which API, and why."""
         return ApiError(f"{self.section} {self.model!r} at {self.config.base_url}: {why}")
+
+    def without_key(self, answer: ChatAnswer) -> ChatAnswer:
+        """An answer as it may be kept, where a server repeats the key in it."""
+        names = ("text", "finish_reason", "refusal", "model", "request_id")
+        told = ((name, getattr(answer, name)) for name in names)
+        kept: dict[str, Any] = {name: self._key.removed_from(text) for name, text in told if text}
+        return replace(answer, **kept)
 
     def told(self, text: str) -> str:
         """What a server said, in one line of at most 200 characters, without any key."""

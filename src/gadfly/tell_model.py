@@ -32,7 +32,7 @@ def open_embedder(model_name: str) -> Embed:
             decoder. No code of its author is run.
 
     Raises:
-        UserError: if it cannot be opened, or lacks a weight (the pooler too, which some encoders lack).
+        UserError: if it cannot be opened, or lacks a weight that hidden states need.
     """
     return _Embedder(*open_pretrained(AutoModel, model_name, "float32"))
 
@@ -67,14 +67,22 @@ class _Embedder:
     def _cut_to_context(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]]
     ) -> list[tuple[list[int], list[int]]]:
-        context = self.tokenizer.model_max_length
-        if positions := getattr(self.model.config.get_text_config(), "max_position_embeddings", None):
-            context = min(context, positions)
+        context = self._context()
         answers = []
         for prompt, response in zip(prompts, responses, strict=True):
             kept = prompt[: max(context - len(response), context // 2)]
             answers.append((kept, response[: context - len(kept)]))
         return answers
+
+    def _context(self) -> int:
+        context = self.tokenizer.model_max_length
+        if positions := getattr(self.model.config.get_text_config(), "max_position_embeddings", None):
+            context = min(context, positions)
+        for name, module in self.model.named_modules():
+            # RoBERTa and its kin count positions from the one after that of padding.
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                context = min(context, module.num_embeddings - module.padding_idx - 1)
+        return context
 
     @torch.no_grad()
     def _mean_states(self, answers: Sequence[tuple[list[int], list[int]]]) -> Float[Tensor, "answer feature"]:

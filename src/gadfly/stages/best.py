@@ -10,7 +10,7 @@ from gadfly.errors import CheckpointError, ConfigError, DataError
 from gadfly.stages.generate import generate_held_out
 from gadfly.stages.judge.answer_sheets import TEACHER, AnswerSheet
 from gadfly.stages.judge.score import score
-from gadfly.stages.judge.told import told
+from gadfly.stages.judge.told import embedder, told
 from gadfly.stages.run import Run
 from gadfly.statistics import Figure
 
@@ -64,14 +64,15 @@ def _figures(run: Run, names: list[str]) -> tuple[int, dict[str, Figure]]:
     for row in run.folder.rows(f"generations/{_SET}.jsonl"):
         if row["model"] in answers:
             answers[row["model"]][row["id"]] = row["response"]
-    rows = AnswerSheet(_SET, run.data.valid, answers).answered_by(*names)
+    judged = tuple(names)
+    rows = tuple(AnswerSheet(_SET, run.data.valid, answers, judged).answered_by(*names))
     if run.recipe.checkpoints.best_by == "score":
-        scored, *_ = score(run, AnswerSheet(_SET, tuple(rows), answers))
+        scored, *_ = score(run, AnswerSheet(_SET, rows, answers, judged))
         if not all(scored.values()):
             raise DataError("best: no verdict on a checkpoint could be read; name another judge.model")
         return len(rows), {name: figures["judge_score"] for name, figures in scored.items()}
     answers[TEACHER] = {row.id: row.responses[0].text for row in rows}
-    told_apart = told(run, AnswerSheet(_SET, tuple(rows), answers))
+    told_apart = told(AnswerSheet(_SET, rows, answers, judged), embedder(run))
     if not told_apart:
         raise DataError(
             f"best: {len(rows)} held-out prompts are too few to tell by; raise evaluation.prompts"

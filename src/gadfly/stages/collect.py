@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from gadfly.asking import ask, spent_before
-from gadfly.batch_book import refuse_open_batches
+from gadfly.batch_book import batches_at_provider, refuse_open_batches
 from gadfly.batches import ask_by_batch
 from gadfly.chat_request import Question
 from gadfly.collected import TEACHER_FILE, questions
@@ -34,20 +34,23 @@ def collect(run: Run) -> None:
         ApiError: the teacher cannot be asked any further, or did not answer every prompt.
         UserError: the budget is spent before every prompt is answered.
     """
-    _ask(run, questions(run.recipe, _prompts(run).rows))
+    _ask(run, questions(run.recipe, _prompts(run).rows), by_batch=run.recipe.teacher.batch)
 
 
 def trial(run: Run) -> str:
     """Ask the first prompts only, and tell what came back and what all would cost.
+
+    They are asked one by one, since a batch may take a day.
 
     Raises:
         ConfigError: the recipe names no prompts or no teacher.
         ApiError: the teacher cannot be asked.
     """
     asked = questions(run.recipe, _prompts(run).rows)
-    rows = _ask(run, asked[:TRIAL_PROMPTS])
+    rows = _ask(run, asked[:TRIAL_PROMPTS], by_batch=False)
     shown = "\n\n".join(_shown(row) for row in rows[:_SHOWN])
-    return f"{shown}\n\n{_estimate(run, asked)}"
+    note = "\nthe trial was asked one by one, at the price of single requests" * run.recipe.teacher.batch
+    return f"{shown}\n\n{_estimate(run, asked)}{note}"
 
 
 def estimate(run: Run) -> str:
@@ -65,10 +68,15 @@ def estimate(run: Run) -> str:
 def _estimate(run: Run, asked: Sequence[Question]) -> str:
     config = run.recipe.teacher
     answers = PaidAnswers(run.folder, TEACHER_FILE)
-    left = [question for question in asked if question.request.key not in answers.by_key]
+    in_batch = {key for batch in batches_at_provider(run.folder) for key in batch.submissions}
+    unanswered = [question for question in asked if question.request.key not in answers.by_key]
+    left = [question for question in unanswered if question.request.key not in in_batch]
     price = Spending(config)
     prompt = sum(len(message.content) for question in left for message in question.request.messages) // 4
-    lines = [f"{len(asked):,} questions to {config.model}, {len(asked) - len(left):,} answered already"]
+    done = f"{len(asked) - len(unanswered):,} answered already"
+    if num_open := len(unanswered) - len(left):
+        done += f", {num_open:,} in a batch at the provider"
+    lines = [f"{len(asked):,} questions to {config.model}, {done}"]
     rows = answers.of(asked)
     if usages := [usage for row in rows if (usage := usage_of(row)).completion_tokens]:
         length = sum(usage.completion_tokens for usage in usages) / len(usages)
@@ -105,12 +113,12 @@ def _prompts(run: Run) -> Dataset:
     return prompts
 
 
-def _ask(run: Run, asked: Sequence[Question]) -> list[Record]:
+def _ask(run: Run, asked: Sequence[Question], *, by_batch: bool) -> list[Record]:
     """Ask, note in the summary what is on disk whatever happens, and return the answers."""
     answers = PaidAnswers(run.folder, TEACHER_FILE)
     had = len(answers.by_key)
     try:
-        if run.recipe.teacher.batch:
+        if by_batch:
             ask_by_batch(run.recipe.teacher, "teacher", asked, answers, run.folder, "collect")
         else:
             refuse_open_batches(run.folder)
@@ -170,4 +178,8 @@ def _shown(row: Record) -> str:
     prompt = row["messages"][-1]["content"]
     length = (row.get("usage") or {}).get("completion_tokens", "?")
     mark = f", {row['mark']}" if row.get("mark") else ""
-    return f"> {prompt[:500]}\n{row['response'][:1000]}\n[{row.get('teacher')}, {length} tokens{mark}]"
+    shown = f"> {prompt[:500]}\n{row['response'][:1000]}\n[{row.get('teacher')}, {length} tokens{mark}]"
+    # What would act on a terminal is not sent to it.
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else "\ufffd" for character in shown
+    )

@@ -1,23 +1,25 @@
 """The judge stage: what is to be said of the generations by somebody other than the discriminator.
 
 Three methods, each in a file of its own: `score` and `pairwise` ask a judge model through its API, `tell`
-needs none. What was asked is in `verdicts/answers.jsonl`, what was read from it in `verdicts/SET.jsonl`, the
-figures are in `summary.json`.
+needs none. What was asked is in `verdicts/answers.jsonl`. What was read from it, in `verdicts/SET.jsonl`, and
+the figures, in `summary.json`, are of the last time that a set was judged: of one judge, one way.
 """
 
 import logging
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from gadfly.run_folder import Record
+from gadfly.run_folder import Record, merge
 from gadfly.stages.judge.answer_sheets import AnswerSheet, answer_sheets
 from gadfly.stages.judge.families import shared_family
 from gadfly.stages.judge.pairwise import pairwise
 from gadfly.stages.judge.score import score
-from gadfly.stages.judge.told import told
+from gadfly.stages.judge.told import embedder, told
 from gadfly.stages.run import Run
 from gadfly.statistics import Figure
 
 logger = logging.getLogger(__name__)
+
+_FIGURES = ("judge_score", "judge_score_of_means", "tell_accuracy", "tell_accuracy_same_length")
 
 
 def judge(run: Run) -> None:
@@ -32,35 +34,54 @@ def judge(run: Run) -> None:
     """
     config = run.recipe.judge
     methods = [config.method] if isinstance(config.method, str) else config.method
-    asks_api = bool({"score", "pairwise"} & set(methods))
+    embed = embedder(run) if "tell" in methods else None
     for sheet in answer_sheets(run):
-        noted: Record = {"methods": methods}
-        verdicts: list[Record] = []
-        if asks_api:
-            noted |= {"judge": config.model, "shares_family": _shared(run, sheet)}
+        said = _Said({"methods": []})
+        if {"score", "pairwise"} & set(methods):
+            said.noted |= {"judge": config.model, "shares_family": _shared(run, sheet)}
         if "score" in methods:
-            figures, rows, unparsable = score(run, sheet)
-            _note(run, sheet, figures)
-            verdicts += rows
-            noted |= {"both_orders": config.both_orders, "unparsable": unparsable}
+            said.figures, rows, unparsable = score(run, sheet)
+            said.verdicts += rows
+            said.noted |= {"both_orders": config.both_orders, "unparsable": unparsable}
+            _note(run, sheet, said, "score")
         if "pairwise" in methods:
-            results, rows = pairwise(run, sheet)
-            run.folder.replace_in_summary("pairwise", {sheet.name: results})
-            verdicts += rows
+            said.pairs, rows = pairwise(run, sheet)
+            said.verdicts += rows
+            _note(run, sheet, said, "pairwise")
         if "tell" in methods:
-            _note(run, sheet, told(run, sheet))
-        if asks_api:
-            run.folder.write_rows(f"verdicts/{sheet.name}.jsonl", verdicts)
-        run.folder.replace_in_summary("judge", {sheet.name: noted})
+            for model, figures in told(sheet, embed).items():
+                said.figures.setdefault(model, {}).update(figures)
+            _note(run, sheet, said, "tell")
         logger.info("judge %s: done, %s", sheet.name, ", ".join(methods))
 
 
-def _note(run: Run, sheet: AnswerSheet, figures: Mapping[str, Mapping[str, Figure]]) -> None:
-    evaluation = {
-        model: {sheet.name: {name: figure.as_record() for name, figure in named.items()}}
-        for model, named in figures.items()
-    }
-    run.folder.update_summary("evaluation", evaluation)
+@dataclass
+class _Said:
+    """What has been said of a test set so far."""
+
+    noted: Record
+    figures: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    pairs: dict[str, Record] = field(default_factory=dict)
+    verdicts: list[Record] = field(default_factory=list)
+
+
+def _note(run: Run, sheet: AnswerSheet, said: _Said, method: str) -> None:
+    """Put what has been said, by this method too, in place of all that was said of the set before."""
+    said.noted["methods"].append(method)
+    summary = run.folder.read_json("summary.json")
+    evaluation = summary.setdefault("evaluation", {})
+    for sets in evaluation.values():
+        for name in _FIGURES:
+            sets.get(sheet.name, {}).pop(name, None)
+    for model, figures in said.figures.items():
+        records = {name: figure.as_record() for name, figure in figures.items()}
+        merge(evaluation, {model: {sheet.name: records}})
+    for section, content in (("pairwise", said.pairs), ("judge", said.noted)):
+        summary.setdefault(section, {})[sheet.name] = content
+    run.folder.write_json("summary.json", summary)
+    file = f"verdicts/{sheet.name}.jsonl"
+    if said.verdicts or (run.folder.path / file).exists():
+        run.folder.write_rows(file, said.verdicts)
 
 
 def _shared(run: Run, sheet: AnswerSheet) -> Record:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gadfly.dataset import load_rows
-from gadfly.errors import UserError
+from gadfly.errors import ConfigError, UserError
 from gadfly.records import Row, generations_file
+from gadfly.stages.judge.bench import ANSWERS_FILE
 from gadfly.stages.run import Run
 
 TEACHER = "teacher"
@@ -21,6 +22,8 @@ class AnswerSheet:
     rows: tuple[Row, ...]
     answers: dict[str, dict[str, str]]
     """By model, then by the prompt's id."""
+    judged: tuple[str, ...]
+    """The models to judge; the others are there to be held beside them."""
 
     def answered_by(self, *models: str) -> list[Row]:
         """The prompts that all of these models answered."""
@@ -28,9 +31,10 @@ class AnswerSheet:
 
 
 def answer_sheets(run: Run) -> list[AnswerSheet]:
-    """A sheet for every test set and temperature that was generated, with the models `judge.models` names.
+    """A sheet for every test set and temperature that was generated; `judge.models` says whom to judge.
 
     Raises:
+        ConfigError: a test set has the name of the file of what the judge is paid for.
         UserError: nothing was generated, or a model has no answers.
     """
     sheets = []
@@ -38,6 +42,8 @@ def answer_sheets(run: Run) -> list[AnswerSheet]:
         rows = load_rows(files, needs_response=False).rows
         for temperature in run.recipe.generate.temperatures:
             file = generations_file(name, temperature)
+            if f"verdicts/{file}.jsonl" == ANSWERS_FILE:
+                raise ConfigError(f"data.test.{name}: {ANSWERS_FILE} holds other things; rename the test set")
             if sheet := _sheet(run, file, rows):
                 sheets.append(sheet)
     if not sheets:
@@ -47,9 +53,10 @@ def answer_sheets(run: Run) -> list[AnswerSheet]:
 
 def _sheet(run: Run, file: str, rows: Sequence[Row]) -> AnswerSheet | None:
     answers: dict[str, dict[str, str]] = {}
-    known = {row.id for row in rows}
+    prompts = {row.id: row.prompt for row in rows}
     for generation in run.folder.rows(f"generations/{file}.jsonl"):
-        if generation["id"] in known:
+        # A test set that was edited may ask something else under the same id.
+        if generation["prompt"] == prompts.get(generation["id"]):
             answers.setdefault(generation["model"], {})[generation["id"]] = generation["response"]
     if not answers:
         return None
@@ -60,5 +67,4 @@ def _sheet(run: Run, file: str, rows: Sequence[Row]) -> AnswerSheet | None:
         raise UserError(
             f"judge.models: {', '.join(absent)} did not answer {file!r}; there are {', '.join(answers)}"
         )
-    chosen = {model: answers[model] for model in wanted or answers}
-    return AnswerSheet(file, tuple(rows), chosen)
+    return AnswerSheet(file, tuple(rows), answers, tuple(wanted or answers))

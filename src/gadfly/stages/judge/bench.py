@@ -55,15 +55,20 @@ class Bench:
         cases: Mapping[Place, Sequence[Message]],
         read: Callable[[Place, str], Verdict | None],
     ) -> tuple[dict[Place, Verdict | None], dict[Place, str]]:
-        """The verdict on each case, None where three answers could not be read; and the last text."""
+        """The verdict on each case, None where three answers could not be read; and the last text.
+
+        A case that the judge's server turns down, as one too long for it, has no verdict and an empty text.
+        """
         found: dict[Place, Verdict | None] = dict.fromkeys(cases)
         texts: dict[Place, str] = {}
+        unread = dict(cases)
         for attempt in range(_ATTEMPTS):
-            unread = {place: messages for place, messages in cases.items() if found[place] is None}
             asked = {place: self._question(label, messages, attempt) for place, messages in unread.items()}
             for place, row in self.ask(label, asked).items():
                 texts[place] = row["response"]
                 found[place] = read(place, row["response"])
+                if found[place] is not None or row.get("mark") == "rejected":
+                    del unread[place]
         return found, texts
 
     def own_answer(self, messages: Sequence[Message], max_tokens: int) -> Question:

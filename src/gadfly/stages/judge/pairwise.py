@@ -1,5 +1,6 @@
 """`pairwise`: two models' answers side by side, in both orders; raw and length-controlled win rates."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -13,6 +14,8 @@ from gadfly.stages.judge.pairwise_protocol import Preference, outcome, parse_pre
 from gadfly.stages.run import Run
 from gadfly.statistics import mean
 from gadfly.win_rates import Outcome, length_controlled_win_rate, win_rate
+
+logger = logging.getLogger(__name__)
 
 _RIVALS_OF_GAD = ("seqkd-equal-time", "seqkd", "base", TEACHER)
 
@@ -71,7 +74,12 @@ def _read(_: _Place, text: str) -> Preference | None:
 
 def _pairs(run: Run, sheet: AnswerSheet) -> list[tuple[str, str]]:
     if not run.recipe.judge.pairs:
-        return [("gad", rival) for rival in _RIVALS_OF_GAD if {"gad", rival} <= sheet.answers.keys()]
+        pairs = [("gad", rival) for rival in _RIVALS_OF_GAD if {"gad", rival} <= set(sheet.judged)]
+        if not pairs:
+            logger.warning(
+                "judge %s: no pairs, since they are of gad by default; name judge.pairs", sheet.name
+            )
+        return pairs
     pairs = [(a, b) for a, b in run.recipe.judge.pairs]
     for model in {model for pair in pairs for model in pair}:
         if model not in sheet.answers:

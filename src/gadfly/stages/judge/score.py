@@ -6,7 +6,7 @@ from typing import NamedTuple
 from gadfly.run_folder import Record
 from gadfly.stages.judge.answer_sheets import AnswerSheet
 from gadfly.stages.judge.bench import Bench
-from gadfly.stages.judge.judge_prompt import load_prompt
+from gadfly.stages.judge.judge_prompt import after_reasoning, load_prompt
 from gadfly.stages.judge.score_protocol import (
     ScoredPrompt,
     Scores,
@@ -41,20 +41,18 @@ def score(run: Run, sheet: AnswerSheet) -> tuple[dict[str, dict[str, Figure]], l
         run.recipe.generate.max_response_tokens or run.recipe.sampling.max_response_tokens
     )
     label = f"judge {sheet.name}"
-    own = {row.id: bench.own_answer(row.messages, cap) for row in sheet.rows}
-    # Beside no answer every student would look good.
-    references = {
-        id_: row["response"]
-        for id_, row in bench.ask(f"{label} references", own).items()
-        if row["response"].strip()
-    }
+    answered = {row.id: row for model in sheet.judged for row in sheet.answered_by(model)}
+    own = {id_: bench.own_answer(row.messages, cap) for id_, row in answered.items()}
+    written = bench.ask(f"{label} references", own)
+    references = {id_: after_reasoning(row["response"]).strip() for id_, row in written.items()}
     orders = (True, False) if config.both_orders else (False,)
 
     cases = {}
-    for model, answers in sheet.answers.items():
+    for model in sheet.judged:
         for row in sheet.answered_by(model):
-            for student_first in orders if row.id in references else ():
-                pair = (answers[row.id], references[row.id])
+            # Beside no answer every student would look good.
+            for student_first in orders if references[row.id] else ():
+                pair = (sheet.answers[model][row.id], references[row.id])
                 first, second = pair if student_first else reversed(pair)
                 place = _Place(model, row.id, student_first)
                 cases[place] = prompt.fill(prompt=row.prompt, first=first, second=second)
@@ -67,7 +65,7 @@ def score(run: Run, sheet: AnswerSheet) -> tuple[dict[str, dict[str, Figure]], l
             ScoredPrompt(row.id, tuple(verdicts.get(_Place(model, row.id, order)) for order in orders))
             for row in sheet.answered_by(model)
         ]
-        for model in sheet.answers
+        for model in sheet.judged
     }
     figures = {model: _figures(prompts) for model, prompts in scored.items()}
     return figures, rows, {model: num_unparsable(prompts) for model, prompts in scored.items()}

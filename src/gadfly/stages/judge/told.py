@@ -10,8 +10,12 @@ from gadfly.tell import MIN_PROMPTS, Embed, Pair, same_length, tell_accuracy
 logger = logging.getLogger(__name__)
 
 
-def told(run: Run, sheet: AnswerSheet) -> dict[str, dict[str, Figure]]:
+def told(sheet: AnswerSheet, embed: Embed | None) -> dict[str, dict[str, Figure]]:
     """How often each model's answers are told from the teacher's; 0.5 is chance.
+
+    Args:
+        sheet: the answers, the teacher's among them.
+        embed: as `embedder` gives it.
 
     Returns:
         Two figures a model: on the texts as they are, and with both cut to the same number of words, so that
@@ -20,16 +24,17 @@ def told(run: Run, sheet: AnswerSheet) -> dict[str, dict[str, Figure]]:
     if TEACHER not in sheet.answers:
         logger.info("judge %s: no tell, the set has no teacher responses", sheet.name)
         return {}
-    embed = _embedder(run)
     figures = {}
-    for model, answers in sheet.answers.items():
+    for model in sheet.judged:
         if model == TEACHER:
             continue
         rows = sheet.answered_by(model, TEACHER)
         if len(rows) < MIN_PROMPTS:
             logger.info("judge %s: no tell, %d answers are too few (%d)", sheet.name, len(rows), MIN_PROMPTS)
             continue
-        pairs = [Pair(row.prompt, sheet.answers[TEACHER][row.id], answers[row.id]) for row in rows]
+        pairs = [
+            Pair(row.prompt, sheet.answers[TEACHER][row.id], sheet.answers[model][row.id]) for row in rows
+        ]
         figures[model] = {
             "tell_accuracy": tell_accuracy(pairs, embed),
             "tell_accuracy_same_length": tell_accuracy(same_length(pairs), embed),
@@ -37,7 +42,12 @@ def told(run: Run, sheet: AnswerSheet) -> dict[str, dict[str, Figure]]:
     return figures
 
 
-def _embedder(run: Run) -> Embed | None:
+def embedder(run: Run) -> Embed | None:
+    """The features of `judge.tell_model`; None for the classifier's own. Opening it takes time: do it once.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
     if run.recipe.judge.tell_model is None:
         return None
     from gadfly.tell_model import open_embedder  # noqa: PLC0415  needs torch
