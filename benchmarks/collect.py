@@ -23,11 +23,14 @@ from gadfly.run_folder import RunFolder
 from tests.fault_server import fault_process
 
 _IN_FLIGHT, _PAIRS, _REQUESTS = 50, 7, 1000
+_QUICK_PAIRS, _QUICK_REQUESTS = 1, 20
+CASES = ("",)
 _SERVER = "latency = 0.05\nanswer = lambda body: 'word ' * 200\n"
 
 
-def run() -> Result:
+def run(case: str, quick: bool) -> Result:
     """Measure both in turn, the order changing from pair to pair."""
+    pairs, requests = (_QUICK_PAIRS, _QUICK_REQUESTS) if quick else (_PAIRS, _REQUESTS)
     with tempfile.TemporaryDirectory() as temporary, fault_process(Path(temporary), _SERVER) as server:
         config = ApiConfig(
             base_url=server.base_url,
@@ -39,21 +42,21 @@ def run() -> Result:
             timeout_seconds=60,
         )
         rates = []
-        for pair in range(_PAIRS + 1):
-            questions = _questions(config, pair)
+        for pair in range(pairs + 1):
+            questions = _questions(config, pair, requests)
             folder = RunFolder(Path(temporary) / f"run-{pair}")
             folder.path.mkdir()
             ways = [lambda q=questions: _bare(config, q), lambda q=questions, f=folder: _ours(config, q, f)]
             seconds = {way: ways[way]() for way in ((0, 1) if pair % 2 else (1, 0))}
-            rates.append((_REQUESTS / seconds[0], _REQUESTS / seconds[1]))
+            rates.append((requests / seconds[0], requests / seconds[1]))
         measured = rates[1:]  # The first pair warms up.
     bare, ours = (statistics.median(rate) for rate in zip(*measured, strict=True))
-    details = f"{ours:,.0f}/s against {bare:,.0f}/s, {_PAIRS} pairs of {_REQUESTS:,} requests"
+    details = f"{ours:,.0f}/s against {bare:,.0f}/s, {pairs} pairs of {requests:,} requests"
     return Result.of_pairs("collect", [ours / bare for bare, ours in measured], 0.90, details)
 
 
-def _questions(config: ApiConfig, pair: int) -> list[Question]:
-    prompts = (f"pair {pair}, question {number}: " + "why? " * 50 for number in range(_REQUESTS))
+def _questions(config: ApiConfig, pair: int, count: int) -> list[Question]:
+    prompts = (f"pair {pair}, question {number}: " + "why? " * 50 for number in range(count))
     return [
         Question(ChatRequest("m", (Message("user", prompt),), parameters_of(config)), {"prompt": prompt})
         for prompt in prompts

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gadfly.config import Optimizer
-from gadfly.discriminator import Discriminator, new_discriminator, read_scores
+from gadfly.discriminator import Discriminator, Scores, new_discriminator, read_scores
 from gadfly.engine import Engine, faster_precision, scheduled_learning_rate
 from gadfly.errors import AlarmError
+from gadfly.logprobs import LogprobReader, Logprobs
 from gadfly.losses import group_advantages
-from gadfly.models import LogprobReader, Logprobs, Scores, load_language_model
+from gadfly.models import load_language_model
 from gadfly.objectives import discriminator_objective, grpo_objective, sft_objective
 from gadfly.packing import MicroBatch
 

@@ -218,7 +218,7 @@ def test_every_pair_of_scores_in_range_is_read_back(a, b):
 def test_both_averages_equal_numbers_worked_by_hand():
     prompts = [
         ScoredPrompt("a", (Scores(6, 4), Scores(3, 6))),  # ratios 60 and 33.3: 46.7; scores 4.5 and 5
-        ScoredPrompt("b", (Scores(9, 1), None)),  # 90; 9 and 1
+        ScoredPrompt("b", (Scores(9, 1),)),  # 90; 9 and 1
         ScoredPrompt("c", (None, None)),
         ScoredPrompt("d", (Scores(5, 5),)),  # 50; 5 and 5
     ]
@@ -240,6 +240,18 @@ def test_both_orders_cancel_a_judge_who_favours_the_place():
     assert mean_of_ratios([ScoredPrompt("a", (both[0],))]).value == 60
 
 
+@pytest.mark.parametrize("student_first", [True, False])
+def test_a_prompt_read_in_one_of_two_orders_is_left_out(student_first):
+    read = read_scores("1 2", student_first=student_first)
+    lone = [
+        ScoredPrompt(str(number), (read, None) if student_first else (None, read)) for number in range(20)
+    ]
+    assert num_unparsable(lone) == 20
+    both = ScoredPrompt("both", tuple(read_scores("1 2", student_first=first) for first in (True, False)))
+    assert (mean_of_ratios([*lone, both]).value, ratio_of_means([*lone, both]).value) == (50, 50)
+    assert num_unparsable([ScoredPrompt("single", (read,))]) == 0
+
+
 scored_prompts = st.lists(
     st.lists(st.none() | st.builds(Scores, st.integers(1, 10), st.integers(1, 10)), min_size=1, max_size=2),
     min_size=1,
@@ -251,7 +263,7 @@ scored_prompts = st.lists(
 @given(scored_prompts)
 def test_an_unparsed_prompt_changes_no_figure(verdicts):
     prompts = [ScoredPrompt(str(number), tuple(given)) for number, given in enumerate(verdicts)]
-    parsed = [prompt for prompt in prompts if any(prompt.verdicts)]
+    parsed = [prompt for prompt in prompts if all(prompt.verdicts)]
     assert num_unparsable(prompts) == len(prompts) - len(parsed)
     for figure in (mean_of_ratios, ratio_of_means):
         if parsed:

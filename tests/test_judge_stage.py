@@ -135,6 +135,57 @@ def test_a_judge_that_always_prefers_the_first_gives_ties(generated: Folder) -> 
     pair = summary["pairwise"]["quiz"]["gad vs seqkd"]
     assert (pair["win"], pair["tie"], pair["loss"]) == (0, NUM_PROMPTS, 0)
     assert pair["win_rate"]["value"] == 0.5
+    assert (pair["agreed_ties"], pair["named"]) == (0, {"first": 2 * NUM_PROMPTS, "second": 0, "tie": 0})
+
+
+def test_a_judge_that_finds_all_alike_gives_ties_of_another_kind(generated: Folder) -> None:
+    recipe = generated({"seqkd": lambda n: f"bad {n}", "gad": lambda n: f"good {n}"})
+
+    def undecided(body: Body) -> str:
+        # Prompt 2 has one verdict that cannot be read, prompt 4 one that names an answer.
+        first_is_good = places(body, "good", "bad")[0] == "good"
+        if "question 2" in texts(body) and first_is_good:
+            return "hard to say"
+        return "[[B]]" if "question 4" in texts(body) and first_is_good else "[[C]]"
+
+    with FaultServer(answer=undecided) as server:
+        summary = run_judge(recipe, server, "judge.method=pairwise", 'judge.pairs=[["gad", "seqkd"]]')
+    pair = summary["pairwise"]["quiz"]["gad vs seqkd"]
+    assert (pair["tie"], pair["agreed_ties"], pair["unparsable"]) == (NUM_PROMPTS - 1, NUM_PROMPTS - 2, 1)
+    assert pair["named"] == {"first": 0, "second": 1, "tie": 2 * (NUM_PROMPTS - 1) - 1}
+
+
+@pytest.mark.parametrize(
+    ("of_prompt_3", "unparsable", "named", "same_scores"),
+    [
+        (("1 2", "1 2"), 0, (0, 12, 0), [1, 2]),
+        (("9 8", "2 2"), 0, (1, 10, 1), None),
+        # What can be read in one order only does not count, nor is it among the places.
+        (("9 8", "?"), 1, (0, 10, 0), [1, 2]),
+    ],
+)
+def test_which_place_the_scores_favour_is_noted(
+    generated: Folder,
+    of_prompt_3: tuple[str, str],
+    unparsable: int,
+    named: tuple[int, int, int],
+    same_scores: list[int] | None,
+) -> None:
+    recipe = generated({"gad": lambda n: f"good {n}"})
+
+    def second_is_better(body: Body) -> str:
+        if is_reference(body):
+            return "mine"
+        if "question 3" not in texts(body):
+            return "1 2"
+        return of_prompt_3[places(body, "good 3", "mine").index("mine")]
+
+    with FaultServer(answer=second_is_better) as server:
+        summary = run_judge(recipe, server, "judge.method=score", 'judge.models=["gad"]')
+    noted = summary["judge"]["quiz"]
+    assert noted["unparsable"] == {"gad": unparsable}
+    assert noted["named"] == {"gad": dict(zip(("first", "second", "tie"), named, strict=True))}
+    assert noted["same_scores"] == same_scores
 
 
 def test_an_unreadable_verdict_is_asked_again_and_then_counted(generated: Folder) -> None:

@@ -14,7 +14,8 @@ from gadfly import losses
 from gadfly.config import Optimizer
 from gadfly.discriminator import Discriminator, new_discriminator, read_scores
 from gadfly.engine import Engine
-from gadfly.models import LogprobReader, Logprobs, load_language_model
+from gadfly.logprobs import LogprobReader, Logprobs
+from gadfly.models import load_language_model
 from gadfly.objectives import discriminator_objective, grpo_objective, sft_objective
 from gadfly.packing import micro_batches
 
@@ -182,4 +183,5 @@ def test_sft_loss_and_gradients_are_those_of_torchs_cross_entropy(tiny_model: Pa
     their_loss = torch.nn.functional.cross_entropy(logits[mask], batch.response_tokens[mask])
     their_loss.backward()
     assert loss == pytest.approx(their_loss.item(), rel=1e-9)
-    assert_same_gradients(ours, gradients(model), 1e-9)
+    # The model norms in single precision whatever its weights are.
+    assert_same_gradients(ours, gradients(model), 1e-6)

@@ -15,13 +15,8 @@ from transformers import PreTrainedModel
 from gadfly.engine import Engine
 from gadfly.errors import UserError
 from gadfly.groups import Branch, Group
-from gadfly.models import (
-    LogprobReader,
-    load_language_model,
-    log_distribution,
-    masked_mean,
-    save_language_model,
-)
+from gadfly.logprobs import LogprobReader, log_distribution, masked_mean
+from gadfly.models import load_language_model, save_language_model
 from gadfly.packing import micro_batches
 
 CPU = torch.device("cpu")

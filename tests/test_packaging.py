@@ -15,9 +15,9 @@ SCRIPTS = sorted([*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"])
 
 
 def requirements() -> list[Requirement]:
-    """What pyproject.toml asks for, extras included."""
+    """What pyproject.toml asks for, extras included but vLLM, which pins what it needs itself."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"].values()
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "vllm"]
     return [Requirement(line) for group in [project["dependencies"], *extras] for line in group]
 
 

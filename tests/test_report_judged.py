@@ -59,6 +59,57 @@ def test_a_judges_weakness_stands_beside_the_claim_and_among_the_remarks(
     assert run.page().count(said) == 2
 
 
+def named(first: int, second: int, tie: int = 0) -> Row:
+    return {"first": first, "second": second, "tie": tie}
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        (named(2, 38, 5), "the judge names the second in 95\u00a0% of 40 verdicts for GAD, though"),
+        (named(16, 4), "the judge names the first in 80\u00a0% of 20 verdicts for GAD, though"),
+        (named(15, 5), None),
+        (named(19, 0, 100), None),
+        (named(20, 20), None),
+    ],
+)
+def test_a_judge_whose_scores_go_by_the_place_is_pointed_out(
+    tmp_path: Path, counts: Row, said: str | None
+) -> None:
+    run = run_with(tmp_path, judged(named={"gad": counts, "base": named(30, 30)}))
+    assert run.remarks() == (["The judge goes by the place on ships"] if said else [])
+    if said:
+        assert said in run.verdict().caveats[0]
+        assert run.page().count(said) == 2
+
+
+def test_one_order_says_nothing_of_the_place(tmp_path: Path) -> None:
+    run = run_with(tmp_path, judged(named={"gad": named(0, 200)}, both_orders=False))
+    assert run.remarks() == []
+
+
+def test_a_judge_whose_preferences_go_by_the_place_is_pointed_out(tmp_path: Path) -> None:
+    counts = {"named": named(36, 2, 2), "win": 1, "tie": 18, "loss": 1, "agreed_ties": 1}
+    pair = a_pair((0.45, 0.55), (0.45, 0.55), n=20) | counts
+    run = run_with(tmp_path, {**judged(), "pairwise": {"ships": {"gad vs seqkd-equal-time": pair}}})
+    (remark,) = run.found()
+    assert "names the first in 95\u00a0% of 38 verdicts for GAD vs SeqKD at equal time" in remark.evidence
+    assert "ties: 1 meant, 17 at odds" in Page(run.page()).words
+
+
+@pytest.mark.parametrize(("num_verdicts", "both_orders"), [(20, True), (20, False), (19, True)])
+def test_scores_that_are_always_the_same_are_pointed_out(
+    tmp_path: Path, num_verdicts: int, both_orders: bool
+) -> None:
+    noted = {"named": {"gad": named(0, num_verdicts - 9), "base": named(0, 9)}, "same_scores": [1.0, 2.5]}
+    run = run_with(tmp_path, judged(**noted, both_orders=both_orders))
+    if num_verdicts < 20:
+        assert run.remarks() == []
+        return
+    assert run.remarks() == ["The judge gives all answers to ships the same scores"]
+    assert "All 20 verdicts on ships give 1 to the first answer and 2.5 to the second" in run.page()
+
+
 def test_a_longer_answer_has_its_length_controlled_win_rate_beside_it(tmp_path: Path) -> None:
     summary = judged(gad_tokens=26.0)
     summary["pairwise"] = {"ships": {"gad vs seqkd-equal-time": a_pair((0.6, 0.8), (0.4, 0.6))}}

@@ -15,7 +15,8 @@ from gadfly.config import Optimizer
 from gadfly.demo.scripted_teacher import prompt, random_records
 from gadfly.engine import Engine
 from gadfly.groups import Branch, Group
-from gadfly.models import LogprobReader, load_language_model
+from gadfly.logprobs import LogprobReader
+from gadfly.models import load_language_model
 from gadfly.samplers import LocalSampler, Request, Sample, Sampler, requests_for
 
 ENDS = frozenset(range(10))

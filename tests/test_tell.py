@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,13 +278,10 @@ def stories() -> Path:
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder that reads both ways, with 16 positions and special tokens around a text."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    vocabulary = {word: number for number, word in enumerate(["[CLS]", "[SEP]", "[UNK]", *"abcdef"])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))
+    vocabulary = ["[CLS]", "[SEP]", "[UNK]", *"abcdef"]
+    inner = word_tokenizer(vocabulary, unknown="[UNK]", start="[CLS]", end="[SEP]")
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=8,
@@ -298,6 +296,42 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         BertModel(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, whose 16 positions are the last of 18."""
+    import torch
+    from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+    folder = tmp_path_factory.mktemp("models") / "roberta"
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", *"abcdef"]
+    config = RobertaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=18,
+        pad_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        RobertaModel(config).save_pretrained(folder)
+    inner = word_tokenizer(vocabulary, unknown="<unk>", start="<s>", end="</s>")
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def word_tokenizer(vocabulary: list[str], *, unknown: str, start: str, end: str) -> Any:
+    """Every word a token, between special ones."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    number = {word: at for at, word in enumerate(vocabulary)}
+    inner = Tokenizer(models.WordLevel(number, unk_token=unknown))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.BertProcessing((end, number[end]), (start, number[start]))
+    return inner
 
 
 def slow_features(folder: Path, prompt: str, response: str, context: int) -> np.ndarray:
@@ -315,7 +349,9 @@ def slow_features(folder: Path, prompt: str, response: str, context: int) -> np.
     return states[0, len(before) :].mean(0).numpy()
 
 
-@pytest.mark.parametrize(("model", "context"), [("tiny_model", 512), ("tiny_bert", 16), ("stories", 512)])
+@pytest.mark.parametrize(
+    ("model", "context"), [("tiny_model", 512), ("tiny_bert", 16), ("tiny_roberta", 16), ("stories", 512)]
+)
 def test_embedder_gives_the_mean_of_the_responses_last_hidden_states(
     model: str, context: int, request: pytest.FixtureRequest
 ):
@@ -367,3 +403,15 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path):
 
     with pytest.raises(UserError, match=r"^model '.*none' cannot be opened: .*$"):
         open_embedder(str(tmp_path / "none"))
+
+
+def test_an_encoder_without_a_pooler_is_opened(tiny_roberta: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, RobertaForMaskedLM
+
+    from gadfly.tell_model import open_embedder
+
+    # As a masked language model is saved; its body is the same.
+    RobertaForMaskedLM.from_pretrained(tiny_roberta).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_roberta).save_pretrained(tmp_path)
+    features = [open_embedder(str(folder))(["a b"], ["c d"]) for folder in (tiny_roberta, tmp_path)]
+    np.testing.assert_array_equal(*features)

@@ -7,6 +7,7 @@ for both roles (see `chat_template.py`).
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
 
+from gadfly.attention import open_attention
 from gadfly.chat_template import Renderer, load_renderer
 from gadfly.errors import CheckpointError
 from gadfly.groups import Branch, Group
-from gadfly.models import Scores, open_pretrained
+from gadfly.lora import SharedBase
+from gadfly.models import open_pretrained
 from gadfly.packing import MicroBatch, micro_batches
 
 _HEAD_FILE = "score_head.safetensors"
 _PROBE_FILE = "probe.json"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of responses. Only differences within one prompt have a meaning."""
+
+    values: Float[Tensor, " row"]
 
 
 class Discriminator(nn.Module):
@@ -50,14 +60,7 @@ class Discriminator(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Float[Tensor, " row"]:
         """One score a row."""
-        hidden = self.backbone(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
-        last = batch.num_prompt_columns + batch.response_lengths - 1
-        last_hidden = hidden[torch.arange(len(last), device=last.device), last]
+        last_hidden = batch.last(self.backbone(**batch.arguments()).last_hidden_state)
         # Outside autocast: scores in half precision would tie.
         with torch.autocast(last_hidden.device.type, enabled=False):
             scores: Tensor = self.score_head(last_hidden.to(self.score_head.weight.dtype)).squeeze(-1)
@@ -73,13 +76,22 @@ def read_scores(model: nn.Module, batch: MicroBatch) -> Scores:
     return Scores(model(batch)[batch.same_as])
 
 
-def new_discriminator(name: str, dtype: str, seed: int) -> tuple[Discriminator, Renderer]:
+def new_discriminator(
+    name: str, dtype: str, seed: int, shared: SharedBase | None = None
+) -> tuple[Discriminator, Renderer]:
     """A discriminator with the weights of a language model and a new head drawn from the seed.
+
+    Args:
+        name: a folder, or a Hugging Face name.
+        dtype: torch's name of the weights' type.
+        seed: decides the head.
+        shared: a frozen model that the discriminator is to be an adapter of; `name` is then its own name or
+            the folder of a saved adapter.
 
     Raises:
         UserError: if the model cannot be opened.
     """
-    backbone, renderer = _load_backbone(name, dtype)
+    backbone, renderer = _load_backbone(name, dtype, shared)
     return Discriminator(backbone, seed).eval(), renderer
 
 
@@ -112,8 +124,16 @@ def save_discriminator(
     (folder / _PROBE_FILE).write_text(json.dumps(stored), encoding="utf-8")
 
 
-def load_discriminator(folder: str | Path, dtype: str = "float32") -> tuple[Discriminator, Renderer]:
+def load_discriminator(
+    folder: str | Path, dtype: str = "float32", shared: SharedBase | None = None
+) -> tuple[Discriminator, Renderer]:
     """Open a saved discriminator and score its probe again.
+
+    Args:
+        folder: where it was saved.
+        dtype: torch's name of the weights' type.
+        shared: the frozen model that the saved one is an adapter of, to train it on as one; without it
+            an adapter is merged into its model.
 
     Raises:
         CheckpointError: if the head is missing or broken, or a probe text scores otherwise than it did.
@@ -124,7 +144,7 @@ def load_discriminator(folder: str | Path, dtype: str = "float32") -> tuple[Disc
         raise CheckpointError(
             f"{folder}: no {_HEAD_FILE}, so this is no discriminator; give the folder of one"
         )
-    backbone, renderer = _load_backbone(str(folder), dtype)
+    backbone, renderer = _load_backbone(str(folder), dtype, shared)
     model = Discriminator(backbone, seed=0).eval()
     try:
         model.score_head.load_state_dict(load_file(folder / _HEAD_FILE))
@@ -150,8 +170,11 @@ def load_discriminator(folder: str | Path, dtype: str = "float32") -> tuple[Disc
     return model, renderer
 
 
-def _load_backbone(name: str, dtype: str) -> tuple[PreTrainedModel, Renderer]:
+def _load_backbone(name: str, dtype: str, shared: SharedBase | None) -> tuple[PreTrainedModel, Renderer]:
+    if shared is not None:
+        return shared.decoder(name), shared.renderer
     backbone, tokenizer = open_pretrained(AutoModel, name, dtype)
+    open_attention(backbone)
     return backbone, load_renderer(tokenizer, _generation_config(name, backbone))
 
 
@@ -176,7 +199,8 @@ def _score(model: Discriminator, texts: list[dict[str, Any]], tokens: list[list[
 
 
 def _dtype_name(model: Discriminator) -> str:
-    return str(model.backbone.dtype).removeprefix("torch.")
+    # An adapter may be of a finer type than what it adapts.
+    return str(model.backbone.get_input_embeddings().weight.dtype).removeprefix("torch.")
 
 
 def _rounding(*dtypes: str) -> float:

@@ -1,15 +1,9 @@
-"""Opens language models, and reads the log-probabilities of responses off them.
+"""Opens and saves language models as ordinary Hugging Face folders."""
 
-Axes as in `packing.py`: `row` responses, `token` response positions.
-"""
-
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -18,27 +12,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gadfly.attention import open_attention
 from gadfly.chat_template import Renderer, load_renderer
 from gadfly.errors import UserError
-from gadfly.packing import MicroBatch
-
-
-@dataclass(frozen=True)
-class Logprobs:
-    """Log-probabilities of response tokens, and the entropy of the distributions they are from, in nats.
-
-    Both are at the temperature they were read with, and zero where a row has no token.
-    """
-
-    values: Float[Tensor, "row token"]
-    entropy: Float[Tensor, "row token"]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of responses. Only differences within one prompt have a meaning."""
-
-    values: Float[Tensor, " row"]
+from gadfly.lora import adapted_model, merge_adapter
 
 
 def load_language_model(name: str, dtype: str) -> tuple[PreTrainedModel, Renderer]:
@@ -52,6 +29,7 @@ def load_language_model(name: str, dtype: str) -> tuple[PreTrainedModel, Rendere
         UserError: if it cannot be opened.
     """
     model, tokenizer = open_pretrained(AutoModelForCausalLM, name, dtype)
+    open_attention(model)
     return model, load_renderer(tokenizer, model.generation_config)
 
 
@@ -60,10 +38,16 @@ def open_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model of some kind in eval mode, with every weight from the folder, and its tokenizer.
 
+    An adapter gives the model it belongs to with the adapter merged in.
+
     Raises:
         UserError: if it cannot be opened, or a weight is missing (transformers would draw it at random).
     """
     try:
+        if (whole := adapted_model(name)) is not None:
+            model, _ = open_pretrained(kind, whole, dtype)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return merge_adapter(model, name).eval(), tokenizer
         opened: Any = kind.from_pretrained(
             name, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True
         )
@@ -73,7 +57,8 @@ def open_pretrained(
         reason = (str(failure).strip() or repr(failure)).splitlines()[0]
         raise UserError(f"model {name!r} cannot be opened: {reason}") from failure
     model, report = opened
-    if missing := sorted(report["missing_keys"]):
+    # Nobody reads the pooled output, and encoders that were saved for another task lack its weights.
+    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
         raise UserError(
             f"model {name!r} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; "
             f"give the folder of a whole one"
@@ -90,47 +75,3 @@ def save_language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """Write an ordinary Hugging Face folder: weights, config, generation config, tokenizer."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@dataclass(frozen=True)
-class LogprobReader:
-    """Reads the log-probabilities of a micro-batch's responses.
-
-    `temperature` divides the logits, so that the values are those of the sampled distribution.
-    """
-
-    temperature: float = 1.0
-
-    def __call__(self, model: nn.Module, batch: MicroBatch) -> Logprobs:
-        """One forward pass; logits exist for response positions only."""
-        num_response_columns = batch.response_tokens.shape[1]
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            logits_to_keep=num_response_columns + 1,
-            use_cache=False,
-        ).logits
-        # The logits at a column foretell the next one: the last prompt column foretells the first
-        # response token.
-        logits = logits[:, -num_response_columns - 1 : -1]
-        log_softmax = log_distribution(logits, self.temperature)
-        values = log_softmax.gather(-1, batch.response_tokens[..., None]).squeeze(-1)
-        with torch.no_grad():
-            entropy = torch.special.entr(log_softmax.exp()).sum(-1)
-        mask = batch.response_mask
-        return Logprobs(torch.where(mask, values, 0.0), torch.where(mask, entropy, 0.0))
-
-
-def log_distribution(logits: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (nats) of the next token at a temperature, in at least single precision.
-
-    Sampler and trainer both use it, so that the probability of a sample is one number.
-    """
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.log_softmax(precise / temperature, dim=-1)
-
-
-def masked_mean(values: Float[Tensor, "row token"], mask: Bool[Tensor, "row token"]) -> float:
-    """Mean over the real tokens of a batch."""
-    return float(values[mask].mean()) if bool(mask.any()) else 0.0

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gadfly import losses
+from gadfly.discriminator import Scores
 from gadfly.groups import Group
-from gadfly.models import Logprobs, Scores
+from gadfly.logprobs import Logprobs
 from gadfly.packing import MicroBatch, num_response_tokens
 
 ScoreObjective = Callable[[Scores, MicroBatch], Tensor]

@@ -1,7 +1,8 @@
-"""Groups to padded tensors: micro-batches of whole groups within a token budget, sorted by length.
+"""Groups to tensors: micro-batches of whole groups within a token budget, sorted by length.
 
-Prompts are padded on the left and responses on the right, so that in every row the response starts
-at the same column and lengths are data:
+A model that can (see `attention.py`) reads a micro-batch as one sequence with each prompt once, any other as
+padded rows. Prompts are padded on the left and responses on the right, so that in every row the response
+starts at the same column and lengths are data:
 
     . . p p p | r r r . .
     p p p p p | r r r r r
@@ -11,13 +12,15 @@ Axes: `row` branches of the micro-batch, `token` response columns, `column` prom
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gadfly.groups import Group
+from gadfly.shared_prompt import SharedPrompts
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class MicroBatch:
         response_lengths: tokens of each response.
         same_as: for each row, the first row of its group with the same response; itself if there is none.
         num_prompt_columns: columns before the responses.
+        shared: the same as one sequence; None for a model that reads padded rows.
     """
 
     rows: Int[Tensor, " row"]
@@ -45,6 +49,38 @@ class MicroBatch:
     response_lengths: Int[Tensor, " row"]
     same_as: Int[Tensor, " row"]
     num_prompt_columns: int
+    shared: SharedPrompts | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What a model is called with."""
+        if self.shared is not None:
+            return self.shared.arguments()
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "use_cache": False,
+        }
+
+    def foretelling(self, hidden: Float[Tensor, "line column channel"]) -> Float[Tensor, "token channel"]:
+        """Those of a model's states that foretell the response tokens, row by row."""
+        if self.shared is not None:
+            return hidden[0, self.shared.foretelling]
+        # The last prompt column foretells the first response token.
+        before = hidden[:, self.num_prompt_columns - 1 : -1]
+        return before[self.response_mask]
+
+    def last(self, hidden: Float[Tensor, "line column channel"]) -> Float[Tensor, "row channel"]:
+        """Those of a model's states at the last token of each response; of the prompt before an empty one."""
+        if self.shared is not None:
+            return hidden[0, self.shared.last_of_branches]
+        places = self.num_prompt_columns + self.response_lengths - 1
+        return hidden[torch.arange(len(places), device=places.device), places]
+
+    @property
+    def tokens(self) -> Int[Tensor, " token"]:
+        """The response tokens, row by row."""
+        return self.response_tokens[self.response_mask]
 
     @property
     def response_tokens(self) -> Int[Tensor, "row token"]:
@@ -58,23 +94,34 @@ class MicroBatch:
         return columns < self.response_lengths[:, None]
 
 
-def micro_batches(groups: Sequence[Group], max_tokens: int, device: torch.device) -> list[MicroBatch]:
-    """Cut a batch into micro-batches of whole groups, of at most `max_tokens` tokens, padding included.
+def micro_batches(
+    groups: Sequence[Group], max_tokens: int, device: torch.device, *, shares_prompts: bool = False
+) -> list[MicroBatch]:
+    """Cut a batch into micro-batches of whole groups, of at most `max_tokens` tokens that are computed.
+
+    These include padding, or with `shares_prompts` each prompt once and no padding.
 
     Groups are sorted by length, so little is padding. A single group over the budget is a
     micro-batch of its own: its rows must be scored together. A group without branches is in none.
     """
     first_rows = _first_rows(groups)
+    count = _sequence_tokens if shares_prompts else _padded_tokens
     order = sorted(range(len(groups)), key=lambda index: _longest(groups[index]))
     cuts: list[list[int]] = []
     for index in order:
         if not groups[index].branches:
             continue
-        if cuts and _padded_tokens([groups[i] for i in [*cuts[-1], index]]) <= max_tokens:
+        if cuts and count([groups[i] for i in [*cuts[-1], index]]) <= max_tokens:
             cuts[-1].append(index)
         else:
             cuts.append([index])
-    return [_pack(groups, indices, first_rows, device) for indices in cuts]
+    batches = [_pack(groups, indices, first_rows, device) for indices in cuts]
+    if not shares_prompts:
+        return batches
+    return [
+        replace(batch, shared=_sequence([groups[index] for index in indices], device))
+        for batch, indices in zip(batches, cuts, strict=True)
+    ]
 
 
 def num_rows(groups: Sequence[Group]) -> int:
@@ -103,6 +150,18 @@ def _padded_tokens(groups: Sequence[Group]) -> int:
     longest_prompt = max(len(group.prompt_tokens) for group in groups)
     longest_response = max(_longest(group)[0] for group in groups)
     return num_rows(groups) * (longest_prompt + longest_response)
+
+
+def _sequence_tokens(groups: Sequence[Group]) -> int:
+    return num_response_tokens(groups) + sum(len(group.prompt_tokens) for group in groups)
+
+
+def _sequence(groups: Sequence[Group], device: torch.device) -> SharedPrompts:
+    return SharedPrompts(
+        [group.prompt_tokens for group in groups],
+        [[branch.tokens for branch in group.branches] for group in groups],
+        device,
+    )
 
 
 def _pack(

@@ -77,7 +77,8 @@ class ApiConfig(Section):
     """Cap of an answer, sent as `max_tokens` (or as `max_completion_tokens` where the server wants that).
     Default: the server's."""
     extra_body: Annotated[dict[str, Any], AfterValidator(_further_fields)] = {}
-    """Further fields of each request, as they are: `{ reasoning_effort = "low" }`."""
+    """Further fields of each request, as they are: `{ reasoning_effort = "low" }`. A judge's own answers are
+    requests too."""
     concurrency: Annotated[int, Field(ge=1, le=1000)] = 16
     """Requests in flight at once."""
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None

@@ -15,6 +15,10 @@ from gadfly.config.section import Count, Files, Name, PositiveRate, Schedule, Se
 TRAINING_STAGES = ("seqkd", "seqkd-equal-time", "discriminator-lm", "warmup", "gad")
 """Stages with checkpoints, each in the folder of its name."""
 
+# The best rate of LoRA is about ten times that of full fine-tuning, whatever the rank (Schulman et al., 2025,
+# "LoRA Without Regret").
+_LORA_RATE_FACTOR = 10
+
 
 class DataConfig(Section):
     """Where prompts and teacher responses come from. A value is a file, a list of files, or a hub name."""
@@ -56,6 +60,12 @@ class StudentConfig(Optimizer):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the weights of student, discriminator and reference. `bfloat16` halves the memory, but loses
     every step smaller than its rounding: rates near 1e-6 train nothing. For speed set `engine.precision`."""
+    lora_rank: Steps = 0
+    """0: every weight is trained. Above: student, discriminator and reference are LoRA adapters of this rank,
+    in all linear layers of one frozen model that is in memory once (and whose `dtype` may be `bfloat16`:
+    adapters are finer). Learning rates that are not given are then ten times the defaults here."""
+    lora_alpha: Count | None = None
+    """An adapter counts `lora_alpha / lora_rank` times. Default: twice the rank."""
 
 
 class DiscriminatorConfig(Optimizer):
@@ -89,7 +99,13 @@ class SamplingConfig(Section):
     max_response_tokens: Count = 1536
     """Cap of samples and of teacher responses; what is cut counts as unfinished."""
     max_parallel_responses: Count = 256
-    """Responses decoded at once by the local sampler: speed and memory, and the samples only by rounding."""
+    """Responses decoded at once: speed and memory, and the samples only by rounding."""
+    backend: Literal["auto", "local", "vllm"] = "auto"
+    """What samples: `local`, plain PyTorch with the student's own weights in memory; or `vllm`, an engine
+    of its own beside them, which needs `pip install 'gadfly[vllm]'`. Both draw from the same distribution,
+    with random numbers of their own; only with `local` is a run that was stopped and gone on with the same
+    byte for byte. `auto`: `vllm` where it is installed and knows the model, on a GPU; `local` on a CPU, where
+    starting it takes longer than many a small run samples, and for LoRA students."""
 
 
 class Training(Section):
@@ -235,6 +251,38 @@ class Recipe(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     engine: EngineConfig = EngineConfig()
     trackers: TrackersConfig = TrackersConfig()
+
+    @model_validator(mode="after")
+    def _adapters_are_of_one_model(self) -> "Recipe":
+        if self.student.lora_rank > 0 and self.discriminator.model not in (None, self.student.model):
+            raise ValueError(
+                f"student.lora_rank = {self.student.lora_rank}: all roles are adapters of one model, so "
+                f"discriminator.model must be the student's; leave it out, or set student.lora_rank = 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_learn_at_higher_rates(self) -> "Recipe":
+        if self.student.lora_rank > 0:
+            for name in ("discriminator", "seqkd", "warmup", "gad"):
+                section = getattr(self, name)
+                raised = {
+                    rate: _LORA_RATE_FACTOR * getattr(section, rate)
+                    for rate in ("learning_rate", "lm_learning_rate")
+                    if rate in type(section).model_fields and rate not in section.model_fields_set
+                }
+                # A recipe is frozen once it is made, which it is not yet.
+                object.__setattr__(self, name, section.model_copy(update=raised))
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_takes_no_adapters(self) -> "Recipe":
+        if self.student.lora_rank > 0 and self.sampling.backend == "vllm":
+            raise ValueError(
+                f'sampling.backend = "vllm": vLLM is given whole weights, and student.lora_rank = '
+                f'{self.student.lora_rank} trains adapters; set sampling.backend = "local"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _tokens_need_one_tokenizer(self) -> "Recipe":

@@ -12,11 +12,13 @@ from typing import Any, Generic, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from gadfly.attention import takes_attention
 from gadfly.config import Optimizer
+from gadfly.discriminator import Scores
 from gadfly.engine.precision import Precision
 from gadfly.errors import AlarmError
 from gadfly.groups import Group
-from gadfly.models import Logprobs, Scores
+from gadfly.logprobs import Logprobs
 from gadfly.packing import MicroBatch, micro_batches, num_rows
 
 Output = TypeVar("Output", Logprobs, Scores)
@@ -49,6 +51,8 @@ class Engine(Generic[Output]):
         self._reader: Callable[[nn.Module, MicroBatch], Output] = read
         self._is_autocast = precision == "bfloat16"
         self._micro_batch_tokens = micro_batch_tokens
+        # A discriminator's attention is its backbone's.
+        self._shares_prompts = takes_attention(getattr(model, "backbone", model))
         self._settings = optimizer
         self._adamw: torch.optim.AdamW | None = None
         if optimizer is None:
@@ -148,7 +152,9 @@ class Engine(Generic[Output]):
         return output
 
     def _cut(self, groups: Sequence[Group]) -> list[MicroBatch]:
-        return micro_batches(groups, self._micro_batch_tokens, self.device)
+        return micro_batches(
+            groups, self._micro_batch_tokens, self.device, shares_prompts=self._shares_prompts
+        )
 
 
 def _detached(output: Output) -> Output:

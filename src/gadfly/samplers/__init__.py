@@ -2,5 +2,6 @@
 
 from gadfly.samplers.local import LocalSampler
 from gadfly.samplers.sampler import Request, Sample, Sampler, requests_for
+from gadfly.samplers.vllm import VllmSampler, suits_vllm
 
-__all__ = ["LocalSampler", "Request", "Sample", "Sampler", "requests_for"]
+__all__ = ["LocalSampler", "Request", "Sample", "Sampler", "VllmSampler", "requests_for", "suits_vllm"]

@@ -1,27 +1,16 @@
 """The sampler in plain PyTorch: prompts prefilled once a group, finished rows dropped as they end."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gadfly.models import log_distribution
+from gadfly.logprobs import log_distribution
+from gadfly.samplers.decoding import open_decoder
 from gadfly.samplers.sampler import Request, Sample
-
-
-@dataclass
-class _Row:
-    """A response while it grows: sample number `sample` of request number `request`."""
-
-    request: int
-    sample: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
 
 
 class LocalSampler:
@@ -53,17 +42,7 @@ class LocalSampler:
     ) -> list[list[Sample]]:
         """The samples of each request, in order. Temperature 0 is greedy."""
         answers: list[list[Sample]] = [[] for _ in requests]
-        # Prompts of like length share a batch, so little of it is padding.
-        order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_tokens))
-        start = 0
-        while start < len(order):
-            chunk = [order[start]]
-            while start + len(chunk) < len(order):
-                candidate = [*chunk, order[start + len(chunk)]]
-                if sum(requests[index].num_samples for index in candidate) > self._max_parallel_responses:
-                    break
-                chunk = candidate
-            start += len(chunk)
+        for chunk in self._chunks(requests):
             samples = self._sample_chunk(
                 [requests[index] for index in chunk], temperature, max_response_tokens
             )
@@ -71,81 +50,83 @@ class LocalSampler:
                 answers[index] = group
         return answers
 
-    @torch.no_grad()
+    def _chunks(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        """Requests decoded together: for as many samples each, and with prompts of like length."""
+        order = sorted(
+            range(len(requests)),
+            key=lambda index: (requests[index].num_samples, len(requests[index].prompt_tokens)),
+        )
+        chunk: list[int] = []
+        for index in order:
+            count = requests[index].num_samples
+            is_full = (len(chunk) + 1) * count > self._max_parallel_responses
+            if chunk and (is_full or requests[chunk[0]].num_samples != count):
+                yield chunk
+                chunk = []
+            chunk.append(index)
+        if chunk:
+            yield chunk
+
+    @torch.inference_mode()
     def _sample_chunk(
         self, requests: Sequence[Request], temperature: float, max_response_tokens: int
     ) -> list[list[Sample]]:
-        rows = [
-            _Row(index, sample)
-            for index, request in enumerate(requests)
-            for sample in range(request.num_samples)
-        ]
-        uniforms = self._uniforms(requests, rows, temperature, max_response_tokens)
-        logits, cache, attention_mask = self._prefill(requests)
-        alive = list(range(len(rows)))
+        uniforms = self._uniforms(requests, temperature, max_response_tokens)
+        num_samples = requests[0].num_samples
+        decoder = open_decoder(
+            self._model, [request.prompt_tokens for request in requests], num_samples, max_response_tokens
+        )
+        logits = decoder.prefill()
+        alive = torch.arange(len(logits), device=logits.device)
+        # Kept as tensors until the end: reading numbers one by one costs more than drawing them.
+        steps: list[tuple[Tensor, Tensor, Tensor]] = []
         for position in range(max_response_tokens):
             tokens, logprobs = _draw(
-                logits, temperature, None if uniforms is None else uniforms[alive, position]
+                logits, temperature, None if uniforms is None else uniforms[position][alive]
             )
+            steps.append((alive, tokens, logprobs))
             ended = torch.isin(tokens, self._end_ids)
-            for index, token, logprob, end in zip(
-                alive, tokens.tolist(), logprobs.tolist(), ended.tolist(), strict=True
-            ):
-                rows[index].tokens.append(token)
-                rows[index].logprobs.append(logprob)
-                rows[index].finished = end
-            if position + 1 == max_response_tokens or bool(ended.all()):
+            if position + 1 == max_response_tokens:
                 break
             if bool(ended.any()):
-                keep = torch.nonzero(~ended).squeeze(1)
-                alive = [alive[index] for index in keep.tolist()]
-                cache.batch_select_indices(keep)
-                attention_mask, tokens = attention_mask[keep], tokens[keep]
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(alive), 1)], dim=1)
-            logits = self._forward(tokens[:, None], attention_mask, cache)
-        answers: list[list[Sample]] = [[] for _ in requests]
-        for row in rows:
-            answers[row.request].append(Sample(tuple(row.tokens), tuple(row.logprobs), row.finished))
-        return answers
+                rows = torch.nonzero(~ended).squeeze(1)
+                if not len(rows):
+                    break
+                alive, tokens = alive[rows], tokens[rows]
+                decoder.keep(rows)
+            logits = decoder.step(tokens)
+        samples = self._assemble(steps)
+        return [samples[start : start + num_samples] for start in range(0, len(samples), num_samples)]
+
+    def _assemble(self, steps: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Sample]:
+        """The samples from what was drawn at each step: rows, tokens and log-probabilities."""
+        row, tokens, logprobs = (torch.cat(parts) for parts in zip(*steps, strict=True))
+        # Stable, so that the tokens of a row stay in the order they were drawn in.
+        order = torch.argsort(row, stable=True)
+        lengths = torch.bincount(row)
+        ended = torch.isin(tokens[order[lengths.cumsum(0) - 1]], self._end_ids).tolist()
+        all_tokens, all_logprobs = tokens[order].tolist(), logprobs[order].tolist()
+        samples, start = [], 0
+        for length, finished in zip(lengths.tolist(), ended, strict=True):
+            part = slice(start, start + length)
+            samples.append(Sample(tuple(all_tokens[part]), tuple(all_logprobs[part]), finished))
+            start += length
+        return samples
 
     def _uniforms(
-        self, requests: Sequence[Request], rows: Sequence[_Row], temperature: float, count: int
-    ) -> Tensor | None:
+        self, requests: Sequence[Request], temperature: float, count: int
+    ) -> Float[Tensor, "token row"] | None:
         if temperature == 0:
             return None
-        numbers = np.stack([requests[row.request].uniforms(row.sample, count) for row in rows])
-        return torch.from_numpy(numbers).to(self._model.device)
-
-    def _prefill(self, requests: Sequence[Request]) -> tuple[Tensor, Any, Tensor]:
-        """Logits for the first token of every row; each prompt is computed once and its cache shared out."""
-        longest = max(len(request.prompt_tokens) for request in requests)
-        padding = [longest - len(request.prompt_tokens) for request in requests]
-        ids = [
-            [0] * pad + list(request.prompt_tokens) for pad, request in zip(padding, requests, strict=True)
+        numbers = [
+            request.uniforms(sample, count) for request in requests for sample in range(request.num_samples)
         ]
-        mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
-        attention_mask = torch.tensor(mask, device=self._model.device)
-        cache = DynamicCache(config=self._model.config)
-        logits = self._forward(torch.tensor(ids, device=self._model.device), attention_mask, cache)
-        owners = [index for index, request in enumerate(requests) for _ in range(request.num_samples)]
-        owner = torch.tensor(owners, device=self._model.device)
-        cache.batch_select_indices(owner)
-        return logits[owner], cache, attention_mask[owner]
-
-    def _forward(self, ids: Tensor, attention_mask: Tensor, cache: Any) -> Tensor:
-        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        logits: Tensor = self._model(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return logits
+        return torch.from_numpy(np.stack(numbers, axis=1)).to(self._model.device)
 
 
-def _draw(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+def _draw(
+    logits: Float[Tensor, "row vocabulary"], temperature: float, uniforms: Float[Tensor, " row"] | None
+) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
     """One token a row and its log-probability: the cumulative distribution inverted, or without uniforms
     the likeliest token.
     """

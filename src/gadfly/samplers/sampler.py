@@ -27,8 +27,15 @@ class Request:
 
     def uniforms(self, sample: int, count: int) -> NDArray[np.float64]:
         """The random numbers in [0, 1) of one sample, one a token."""
-        key = hashlib.sha256(f"{self.stream}\x00{sample}".encode()).digest()
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little"))).random(count)
+        key = int.from_bytes(self._key(sample)[:16], "little")
+        return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+    def seed(self, sample: int) -> int:
+        """The same for an engine that draws its own: a seed in [0, 2**63)."""
+        return int.from_bytes(self._key(sample)[:8], "little") >> 1
+
+    def _key(self, sample: int) -> bytes:
+        return hashlib.sha256(f"{self.stream}\x00{sample}".encode()).digest()
 
 
 @dataclass(frozen=True)

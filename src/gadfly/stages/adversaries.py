@@ -8,8 +8,9 @@ from typing import Any
 
 from gadfly.checkpoint import Checkpoint, latest_checkpoint
 from gadfly.config import Training
+from gadfly.discriminator import Scores
 from gadfly.groups import Group
-from gadfly.models import Scores
+from gadfly.lora import SharedBase
 from gadfly.samplers import Sample
 from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.evaluation import Evaluation, frozen_probe
@@ -19,6 +20,7 @@ from gadfly.stages.roles import (
     DiscriminatorRole,
     StudentRole,
     open_discriminator,
+    open_shared_base,
     open_student,
     restore_optimizer,
 )
@@ -48,12 +50,13 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Adversaries:
-    """The two players of a stage and the data they play on."""
+    """The two players of a stage, what they are adapters of (if they are), and the data they play on."""
 
     run: Run
     stage: str
     student: StudentRole
     discriminator: DiscriminatorRole
+    shared: SharedBase | None
     batches: Batches
     valid: list[Example]
     resumed_from: Checkpoint | None
@@ -138,17 +141,18 @@ def open_adversaries(
     resumed = latest_checkpoint(run.folder.stage(stage))
     origin = resumed or start
     source = origin.path / "student" if origin else recipe.student.model
-    student = open_student(recipe, source, temperature=temperature)
+    shared = open_shared_base(recipe)
+    student = open_student(recipe, source, temperature=temperature, shared=shared)
     saved = origin.path / "discriminator" if origin else None
     base = discriminator_base or recipe.discriminator.model or recipe.student.model
-    discriminator = open_discriminator(recipe, saved, base)
+    discriminator = open_discriminator(recipe, saved, base, shared)
     if resumed:
         restore_optimizer(student.engine, resumed, "student")
         restore_optimizer(discriminator.engine, resumed, "discriminator")
     examples, valid = training_examples(run, student.model, student.renderer)
     check_context(discriminator.model.backbone, examples, recipe.sampling.max_response_tokens)
     batches = Batches(examples, training.batch_prompts, recipe.seed, stage)
-    return Adversaries(run, stage, student, discriminator, batches, valid, resumed)
+    return Adversaries(run, stage, student, discriminator, shared, batches, valid, resumed)
 
 
 def sample_rows(rollout: Rollout, batch: list[Example], scores: Scores) -> list[dict[str, Any]]:

@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gadfly.chat_template import has_invalid_utf8
+from gadfly.discriminator import Scores
 from gadfly.groups import Group
+from gadfly.logprobs import Logprobs, masked_mean
 from gadfly.losses import kl_penalty
-from gadfly.models import Logprobs, Scores, masked_mean
 from gadfly.packing import num_response_tokens, num_rows
 from gadfly.samplers import Sample
 from gadfly.text_metrics import distinct_fraction, rouge_l

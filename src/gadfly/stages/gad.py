@@ -55,7 +55,12 @@ def gad(run: Run) -> None:
     student, discriminator = players.student, players.discriminator
     reference = None
     if settings.kl_coefficient > 0:
-        reference = open_reference(recipe, start.path / "student", temperature=recipe.sampling.temperature)
+        reference = open_reference(
+            recipe,
+            start.path / "student",
+            temperature=recipe.sampling.temperature,
+            shared=players.shared,
+        )
     total = players.batches.total_steps(settings.epochs, settings.max_steps)
     discriminator_rate = settings.discriminator_learning_rate or recipe.discriminator.learning_rate
 

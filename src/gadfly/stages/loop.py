@@ -26,9 +26,10 @@ from gadfly.checkpoint import (
     save_tensors,
 )
 from gadfly.config import Training
+from gadfly.discriminator import Scores
 from gadfly.engine import Engine
 from gadfly.errors import AlarmError
-from gadfly.models import Logprobs, Scores
+from gadfly.logprobs import Logprobs
 from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.run import Run
 

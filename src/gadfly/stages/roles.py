@@ -12,6 +12,7 @@ from gadfly.checkpoint import Checkpoint, load_tensors
 from gadfly.config import Optimizer, Recipe
 from gadfly.discriminator import (
     Discriminator,
+    Scores,
     load_discriminator,
     new_discriminator,
     read_scores,
@@ -19,16 +20,15 @@ from gadfly.discriminator import (
 )
 from gadfly.engine import Engine, Precision, faster_precision
 from gadfly.groups import Group, reread
+from gadfly.logprobs import LogprobReader, Logprobs, has_plain_head
+from gadfly.lora import SharedBase
 from gadfly.models import (
-    LogprobReader,
-    Logprobs,
-    Scores,
     default_device,
     load_language_model,
     save_language_model,
 )
 from gadfly.run_folder import RunFolder
-from gadfly.samplers import LocalSampler, Sampler
+from gadfly.samplers import LocalSampler, Sampler, VllmSampler, suits_vllm
 from gadfly.stages.examples import Example
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,23 @@ class DiscriminatorRole:
         save_discriminator(self.model, self.renderer, folder, probe)
 
 
+def open_shared_base(recipe: Recipe) -> SharedBase | None:
+    """The frozen model whose adapters the roles are to be; None where each role has weights of its own."""
+    student = recipe.student
+    if student.lora_rank == 0:
+        return None
+    model, renderer = load_language_model(student.model, student.dtype)
+    alpha = student.lora_alpha or 2 * student.lora_rank
+    return SharedBase(model, renderer, student.model, rank=student.lora_rank, alpha=alpha, seed=recipe.seed)
+
+
 def open_student(
-    recipe: Recipe, source: str | Path, *, temperature: float, optimizer: Optimizer | None = None
+    recipe: Recipe,
+    source: str | Path,
+    *,
+    temperature: float,
+    optimizer: Optimizer | None = None,
+    shared: SharedBase | None = None,
 ) -> StudentRole:
     """The student from a model name or a folder.
 
@@ -78,42 +93,60 @@ def open_student(
         source: what to open.
         temperature: at which its log-probabilities are read.
         optimizer: AdamW's settings, `recipe.student` by default.
+        shared: what it is an adapter of; without it, all its weights are its own.
     """
     if recipe.engine.num_threads is not None:
         torch.set_num_threads(recipe.engine.num_threads)
-    model, renderer = load_language_model(str(source), recipe.student.dtype)
+    model, renderer = _language_model(recipe, source, shared)
     engine = Engine(
         model,
-        LogprobReader(temperature),
+        LogprobReader(temperature, is_chunked=has_plain_head(model)),
         micro_batch_tokens=recipe.engine.micro_batch_tokens,
         precision=precision_of(recipe),
         optimizer=optimizer or recipe.student,
     )
+    return StudentRole(model, renderer, engine, open_sampler(recipe, source, model, renderer))
+
+
+def open_sampler(recipe: Recipe, source: str | Path, model: PreTrainedModel, renderer: Renderer) -> Sampler:
+    """What `sampling.backend` says, to sample from a student that was opened from `source`."""
+    sampling = recipe.sampling
+    is_whole = recipe.student.lora_rank == 0
+    if sampling.backend == "vllm" or (sampling.backend == "auto" and is_whole and suits_vllm(model)):
+        cap = max(sampling.max_response_tokens, recipe.generate.max_response_tokens or 0)
+        return VllmSampler(
+            str(source),
+            model,
+            renderer.end_ids,
+            max_tokens=sampling.max_prompt_tokens + cap,
+            max_parallel_responses=sampling.max_parallel_responses,
+        )
     # One unsharded process: the sampler may share the student's tensors, and its update costs
     # nothing.
-    sampler = LocalSampler(
-        model, renderer.end_ids, max_parallel_responses=recipe.sampling.max_parallel_responses
-    )
-    return StudentRole(model, renderer, engine, sampler)
+    return LocalSampler(model, renderer.end_ids, max_parallel_responses=sampling.max_parallel_responses)
 
 
-def open_reference(recipe: Recipe, source: str | Path, *, temperature: float) -> Engine[Logprobs]:
+def open_reference(
+    recipe: Recipe, source: str | Path, *, temperature: float, shared: SharedBase | None
+) -> Engine[Logprobs]:
     """The frozen student that the KL term holds on to."""
-    model, _ = load_language_model(str(source), recipe.student.dtype)
+    model, _ = _language_model(recipe, source, shared)
     return Engine(
         model,
-        LogprobReader(temperature),
+        LogprobReader(temperature, is_chunked=has_plain_head(model)),
         micro_batch_tokens=recipe.engine.micro_batch_tokens,
         precision=precision_of(recipe),
     )
 
 
-def open_discriminator(recipe: Recipe, saved: Path | None, base: str | Path) -> DiscriminatorRole:
+def open_discriminator(
+    recipe: Recipe, saved: Path | None, base: str | Path, shared: SharedBase | None
+) -> DiscriminatorRole:
     """The discriminator: a saved one, or `base` with a new head."""
     if saved is None:
-        model, renderer = new_discriminator(str(base), recipe.student.dtype, recipe.seed)
+        model, renderer = new_discriminator(str(base), recipe.student.dtype, recipe.seed, shared)
     else:
-        model, renderer = load_discriminator(saved, recipe.student.dtype)
+        model, renderer = load_discriminator(saved, recipe.student.dtype, shared)
     engine = Engine(
         model,
         read_scores,
@@ -122,6 +155,14 @@ def open_discriminator(recipe: Recipe, saved: Path | None, base: str | Path) -> 
         optimizer=recipe.discriminator,
     )
     return DiscriminatorRole(model, renderer, engine, recipe.discriminator.reads == "text")
+
+
+def _language_model(
+    recipe: Recipe, source: str | Path, shared: SharedBase | None
+) -> tuple[PreTrainedModel, Renderer]:
+    if shared is None:
+        return load_language_model(str(source), recipe.student.dtype)
+    return shared.language_model(source), shared.renderer
 
 
 def precision_of(recipe: Recipe) -> Precision:

@@ -13,7 +13,7 @@ from gadfly.objectives import sft_objective
 from gadfly.stages.evaluation import Evaluation
 from gadfly.stages.examples import Batches, training_examples
 from gadfly.stages.loop import training_loop
-from gadfly.stages.roles import open_student, restore_optimizer
+from gadfly.stages.roles import open_shared_base, open_student, restore_optimizer
 from gadfly.stages.run import Run
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ def fine_tune(run: Run, stage: str, model: str, optimizer: Optimizer, training: 
     recipe = run.recipe
     resumed = latest_checkpoint(run.folder.stage(stage))
     source = resumed.path / "student" if resumed else model
-    student = open_student(recipe, source, temperature=1.0, optimizer=optimizer)
+    shared = open_shared_base(recipe)
+    student = open_student(recipe, source, temperature=1.0, optimizer=optimizer, shared=shared)
     if resumed:
         restore_optimizer(student.engine, resumed, "student")
     examples, valid = training_examples(run, student.model, student.renderer)

@@ -40,9 +40,9 @@ def judge(run: Run) -> None:
         if {"score", "pairwise"} & set(methods):
             said.noted |= {"judge": config.model, "shares_family": _shared(run, sheet)}
         if "score" in methods:
-            said.figures, rows, unparsable = score(run, sheet)
+            said.figures, rows, noted = score(run, sheet)
             said.verdicts += rows
-            said.noted |= {"both_orders": config.both_orders, "unparsable": unparsable}
+            said.noted |= {"both_orders": config.both_orders, **noted}
             _note(run, sheet, said, "score")
         if "pairwise" in methods:
             said.pairs, rows = pairwise(run, sheet)

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 from gadfly.errors import UserError
@@ -16,6 +16,9 @@ from gadfly.statistics import mean
 from gadfly.win_rates import Outcome, length_controlled_win_rate, win_rate
 
 logger = logging.getLogger(__name__)
+
+# With A first, with B first; None where it could not be read.
+_BothOrders = tuple[Preference | None, Preference | None]
 
 _RIVALS_OF_GAD = ("seqkd-equal-time", "seqkd", "base", TEACHER)
 
@@ -55,12 +58,11 @@ def pairwise(run: Run, sheet: AnswerSheet) -> tuple[dict[str, Record], list[Reco
     preferences = cast("dict[_Place, Preference | None]", found)
     results = {}
     for a, b in pairs:
-        ids = [row.id for row in sheet.answered_by(a, b)]
-        outcomes = {
-            id_: outcome(preferences[_Place(a, b, id_, True)], preferences[_Place(a, b, id_, False)])
-            for id_ in ids
+        asked = {
+            row.id: (preferences[_Place(a, b, row.id, True)], preferences[_Place(a, b, row.id, False)])
+            for row in sheet.answered_by(a, b)
         }
-        results[f"{a} vs {b}"] = _result(sheet, a, b, outcomes)
+        results[f"{a} vs {b}"] = _result(sheet, a, b, asked)
     rows = [
         {"method": "pairwise", **place._asdict(), "preferred": preference, "verdict": texts[place]}
         for place, preference in preferences.items()
@@ -88,15 +90,18 @@ def _pairs(run: Run, sheet: AnswerSheet) -> list[tuple[str, str]]:
     return pairs
 
 
-def _result(sheet: AnswerSheet, a: str, b: str, outcomes: dict[str, Outcome | None]) -> Record:
-    read = {id_: found for id_, found in outcomes.items() if found is not None}
+def _result(sheet: AnswerSheet, a: str, b: str, asked: Mapping[str, _BothOrders]) -> Record:
+    read: dict[str, Outcome] = {id_: found for id_, both in asked.items() if (found := outcome(*both))}
     counts = Counter(read.values())
-    lengths = {model: [len(sheet.answers[model][id_]) for id_ in outcomes] for model in (a, b)}
+    named = Counter(preference for id_ in read for preference in asked[id_])
+    lengths = {model: [len(sheet.answers[model][id_]) for id_ in asked] for model in (a, b)}
     result: Record = {
         "a": a,
         "b": b,
         **{name: counts[name] for name in ("win", "tie", "loss")},
-        "unparsable": len(outcomes) - len(read),
+        "agreed_ties": sum(both == ("tie", "tie") for both in asked.values()),
+        "named": {place: named[place] for place in ("first", "second", "tie")},
+        "unparsable": len(asked) - len(read),
         "characters": {model: _mean_length(texts) for model, texts in lengths.items()},
     }
     if read:

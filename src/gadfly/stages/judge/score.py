@@ -1,6 +1,7 @@
 """`score`: the paper's protocol. Each answer is scored beside the judge's own answer to the same prompt."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gadfly.run_folder import Record
@@ -29,7 +30,8 @@ def score(run: Run, sheet: AnswerSheet) -> tuple[dict[str, dict[str, Figure]], l
     """Score every model's answers to a test set.
 
     Returns:
-        The figures of each model, the verdicts as rows, and the number of unreadable ones by model.
+        The figures of each model, the verdicts as rows, and what is noted of these: by model, how many
+        prompts could not be read and which place was given more how often; the scores, if all are the same.
 
     Raises:
         ConfigError: no judge is named, or its prompt file is wrong.
@@ -68,13 +70,39 @@ def score(run: Run, sheet: AnswerSheet) -> tuple[dict[str, dict[str, Figure]], l
         for model in sheet.judged
     }
     figures = {model: _figures(prompts) for model, prompts in scored.items()}
-    return figures, rows, {model: num_unparsable(prompts) for model, prompts in scored.items()}
+    return figures, rows, _noted(scored, orders)
 
 
 def _figures(prompts: Sequence[ScoredPrompt]) -> dict[str, Figure]:
     if num_unparsable(prompts) == len(prompts):
         return {}
     return {"judge_score": mean_of_ratios(prompts), "judge_score_of_means": ratio_of_means(prompts)}
+
+
+def _noted(scored: Mapping[str, Sequence[ScoredPrompt]], orders: Sequence[bool]) -> Record:
+    shown = {model: _as_shown(prompts, orders) for model, prompts in scored.items()}
+    different = {pair for pairs in shown.values() for pair in pairs}
+    return {
+        "unparsable": {model: num_unparsable(prompts) for model, prompts in scored.items()},
+        "named": {model: _named(pairs) for model, pairs in shown.items()},
+        "same_scores": list(different.pop()) if len(different) == 1 else None,
+    }
+
+
+def _as_shown(prompts: Sequence[ScoredPrompt], orders: Sequence[bool]) -> list[tuple[float, float]]:
+    """The scores of the first and the second answer in each verdict that counts."""
+    return [
+        (scores.student, scores.reference) if student_first else (scores.reference, scores.student)
+        for prompt in prompts
+        if prompt.parsed
+        for student_first, scores in zip(orders, prompt.parsed, strict=True)
+    ]
+
+
+def _named(pairs: Sequence[tuple[float, float]]) -> dict[str, int]:
+    """How many verdicts gave more to the first answer, how many to the second, how many as much to both."""
+    signs = Counter((first > second) - (first < second) for first, second in pairs)
+    return {"first": signs[1], "second": signs[-1], "tie": signs[0]}
 
 
 def _row(place: _Place, scores: Scores | None, text: str, reference: str) -> Record:

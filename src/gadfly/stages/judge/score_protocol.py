@@ -77,8 +77,10 @@ class ScoredPrompt:
     """One prompt and what the judge gave in each order it was asked.
 
     Example:
-        >>> ScoredPrompt("7", (Scores(6, 9), None)).parsed
-        (Scores(student=6, reference=9),)
+        >>> ScoredPrompt("7", (Scores(6, 9), Scores(5, 5))).parsed
+        (Scores(student=6, reference=9), Scores(student=5, reference=5))
+        >>> ScoredPrompt("8", (Scores(6, 9), None)).parsed
+        ()
     """
 
     id: str
@@ -87,19 +89,23 @@ class ScoredPrompt:
 
     @property
     def parsed(self) -> tuple[Scores, ...]:
-        """The verdicts that could be read."""
-        return tuple(scores for scores in self.verdicts if scores is not None)
+        """The verdicts, if that of every order could be read; else none.
+
+        The order that is left would bring what the judge gives to a place into the figures.
+        """
+        read = tuple(scores for scores in self.verdicts if scores is not None)
+        return read if len(read) == len(self.verdicts) else ()
 
 
 def num_unparsable(prompts: Sequence[ScoredPrompt]) -> int:
-    """How many prompts have no verdict in any order; the figures leave them out."""
+    """How many prompts lack a verdict in an order that was asked; the figures leave them out."""
     return sum(not prompt.parsed for prompt in prompts)
 
 
 def mean_of_ratios(prompts: Sequence[ScoredPrompt]) -> Figure:
     """Mean over prompts of 100 * student / (student + reference), with Student's t interval.
 
-    A prompt counts once: its ratio is the mean over its parsed orders.
+    A prompt counts once: its ratio is the mean over its orders.
 
     Raises:
         ValueError: no prompt has a parsed verdict.
@@ -113,8 +119,8 @@ def mean_of_ratios(prompts: Sequence[ScoredPrompt]) -> Figure:
 def ratio_of_means(prompts: Sequence[ScoredPrompt]) -> Figure:
     """100 * sum of student / (sum of student + sum of reference), with a bootstrap interval.
 
-    A prompt counts once: its two scores are the means over its parsed orders. The prompts are what
-    is resampled.
+    A prompt counts once: its two scores are the means over its orders. The prompts are what is
+    resampled.
 
     Raises:
         ValueError: no prompt has a parsed verdict.

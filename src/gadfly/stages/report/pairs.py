@@ -30,6 +30,8 @@ class PairRow:
     """Which one is preferred, if the intervals say so."""
     counts: str
     """Wins, ties and losses of the first model."""
+    ties: str
+    """How many the judge meant, and in how many its two verdicts are at odds; empty if not known."""
     unparsable: int
     n: int
     """Prompts with a verdict."""
@@ -53,12 +55,19 @@ def _row(pair: Record) -> PairRow:
         label=_capitalised(f"{a} against {b}"),
         reading=_reading(a, b, raw, controlled),
         counts=f"{pair['win']:,} / {pair['tie']:,} / {pair['loss']:,}",
+        ties=_ties(pair["tie"], pair.get("agreed_ties")),
         unparsable=pair["unparsable"],
         n=pair["win"] + pair["tie"] + pair["loss"],
         raw=_rate(raw),
         controlled=_rate(controlled),
         characters=" against ".join(number(length.value) if length else "–" for length in lengths),  # noqa: RUF001
     )
+
+
+def _ties(all_ties: int, agreed: int | None) -> str:
+    if not all_ties or agreed is None:
+        return ""
+    return f"ties: {agreed:,} meant, {all_ties - agreed:,} at odds"
 
 
 def _rate(figure: Figure | None) -> Rate | None:

@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterator
 
 from gadfly.stages.report.reading import Evidence
 from gadfly.stages.report.remarks.bounds import BOUNDS, out_of_bounds
-from gadfly.stages.report.remarks.judging import favoured, longer_and_judged, unreadable
+from gadfly.stages.report.remarks.judging import (
+    by_place,
+    favoured,
+    longer_and_judged,
+    same_scores,
+    unreadable,
+)
 from gadfly.stages.report.remarks.remark import Remark
 from gadfly.stages.report.remarks.training import (
     cut_off,
@@ -25,6 +31,8 @@ CHECKS: tuple[Callable[[Evidence], Iterator[Remark]], ...] = (
     no_equal_time_baseline,
     favoured,
     unreadable,
+    same_scores,
+    by_place,
     longer_and_judged,
     few_steps,
     few_held_out,

@@ -1,0 +1,180 @@
+"""A place in every model for attention of our own, through transformers' attention interface.
+
+Everything in a transformer but attention works on tokens one by one. A caller that passes `attends` gets to
+say who sees whom, over a sequence of any make-up; a model called without it attends as it always did.
+
+Axes: `token` the sequence, `head`, `key_head` (fewer, where heads share keys), `channel`.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+_NAME = "gadfly"
+
+
+@runtime_checkable
+class Attends(Protocol):
+    """Attention over one sequence, in one layer of a model."""
+
+    def __call__(
+        self,
+        query: Float[Tensor, "token head channel"],
+        key: Float[Tensor, "token key_head channel"],
+        value: Float[Tensor, "token key_head value_channel"],
+        *,
+        layer: int,
+        scaling: float | None,
+        window: int | None,
+    ) -> Float[Tensor, "token head value_channel"]:
+        """The attended values.
+
+        Args:
+            query: one a token; positions are in it already.
+            key: of the same tokens.
+            value: of the same tokens.
+            layer: number of the layer, from 0.
+            scaling: factor on the scores; None for one over the root of the channels.
+            window: a key is seen by the queries 0 to `window - 1` tokens after it; None without a limit.
+        """
+        ...
+
+
+def sequence_arguments(
+    input_ids: Int[Tensor, " token"], position_ids: Int[Tensor, " token"], attends: Attends
+) -> dict[str, Any]:
+    """What a model that takes `attends` is called with; its outputs have one row, `[1, token, ...]`."""
+    return {
+        "input_ids": input_ids[None],
+        "position_ids": position_ids[None],
+        # A mask of four axes is handed on as it is: `attends` says who sees whom.
+        "attention_mask": torch.zeros(1, 1, 1, 1, device=input_ids.device),
+        "use_cache": False,
+        "attends": attends,
+    }
+
+
+def open_attention(model: PreTrainedModel) -> bool:
+    """Give a model the place for attention of our own, if that changes nothing in what it computes.
+
+    Without `attends` in the call it goes on to attend by torch's own SDPA.
+
+    Returns:
+        Whether it has the place now. A model that does not go through the interface, or has more in its
+        attention than the interface says (soft caps, sinks), is left as it was.
+    """
+    if not model._supports_attention_backend or model.config._attn_implementation != "sdpa":
+        return False
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    model.set_attn_implementation(_NAME)
+    if not _attends_as_before(model):
+        model.set_attn_implementation("sdpa")
+    return takes_attention(model)
+
+
+def takes_attention(model: nn.Module) -> bool:
+    """Whether `open_attention` has found that a model can be called with `attends`."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_attn_implementation", None) == _NAME
+
+
+@torch.no_grad()
+def _attends_as_before(model: PreTrainedModel) -> bool:
+    """Whether two texts in one sequence come out as they do one by one."""
+    lengths = [5, 3]
+    ids = torch.arange(sum(lengths), device=model.device) % model.config.get_text_config().vocab_size
+    positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])
+    try:
+        together = model(**sequence_arguments(ids, positions, _SideBySide(lengths)))[0][0]
+        alone = [model(input_ids=part[None], use_cache=False)[0][0] for part in ids.split(lengths)]
+    except (TypeError, ValueError, NotImplementedError, RuntimeError):
+        return False
+    # A model whose weights are no numbers is for the loss to refuse.
+    scale = float(together.abs().nan_to_num().max())
+    return torch.allclose(together, torch.cat(alone), rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+
+
+class _SideBySide:
+    """Texts one after the other that do not see each other: what the probe knows the answer to."""
+
+    def __init__(self, lengths: list[int]):
+        self._lengths = lengths
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        outputs = []
+        texts = (part.split(self._lengths) for part in (query, key, value))
+        for q, k, v in zip(*texts, strict=True):
+            places = torch.arange(len(q), device=query.device)
+            mask = sees((places[:, None] - places)[None], window)
+            outputs.append(attend_tables(q[None], k[None], v[None], mask, scaling)[0])
+        return torch.cat(outputs)
+
+
+def sees(back: Int[Tensor, "*any"], window: int | None) -> Tensor:
+    """Whether a query sees a key that is so many tokens before it; negative: after it, or no key at all."""
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def attend_tables(
+    query: Float[Tensor, "row place head channel"],
+    key: Float[Tensor, "row key_place key_head channel"],
+    value: Float[Tensor, "row key_place key_head value_channel"],
+    mask: Tensor | None,
+    scaling: float | None,
+) -> Float[Tensor, "row place head value_channel"]:
+    """Scaled dot-product attention over padded tables.
+
+    `mask` is `[row or 1, place, key_place]`, true where a query sees a key; None: causal, places aligned.
+    """
+    output = nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=None if mask is None else mask[:, None],
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return output.transpose(1, 2)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    attends: Attends | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: `[1, head, token, channel]` in, `[1, token, head, channel]` out."""
+    if attends is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output, None
+    more = {"softcap", "s_aux", "position_bias", "sinks"} & {
+        name for name, given in kwargs.items() if given is not None
+    }
+    if more:
+        raise NotImplementedError(f"{type(module).__name__}: attention with {', '.join(sorted(more))}")
+    sequence = attends(
+        *(part[0].transpose(0, 1) for part in (query, key, value)),
+        layer=module.layer_idx,  # type: ignore[arg-type]
+        scaling=kwargs.get("scaling"),
+        window=kwargs.get("sliding_window"),
+    )
+    return sequence[None], None
