@@ -18,6 +18,7 @@ NAMES = (
     "sampling",
     "training_rate",
     "memory",
+    "roles",
     "cost",
     "collect",
 )

@@ -33,7 +33,7 @@ def run(case: str, quick: bool) -> Result:
     """Count with one of the vocabularies."""
     size, shape = (TINY, QUICK) if quick else (replace(MIDDLE, vocabulary=_VOCABULARIES[case]), _SHAPE)
     groups = [group.only_students() for group in new_groups(shape, size)]
-    plain, ours = (_peak_bytes(_update(size, groups, is_chunked=chunked)) for chunked in (False, True))
+    plain, ours = (peak_bytes(_update(size, groups, is_chunked=chunked)) for chunked in (False, True))
     ratio = plain / ours
     details = f"{ours / 2**20:,.0f} MiB against {plain / 2**20:,.0f} MiB, {size.vocabulary:,} words"
     return Result(f"memory:{case}", ratio, ratio, ratio, _FIGURE, details)
@@ -52,7 +52,8 @@ def _update(size: Size, groups: list[Group], *, is_chunked: bool) -> Callable[[]
     return lambda: engine.forward_backward(groups, objective)
 
 
-def _peak_bytes(work: Callable[[], object]) -> int:
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most bytes alive at once of the tensors that a piece of work makes."""
     with _Counting() as counting:
         work()
     return counting.peak
