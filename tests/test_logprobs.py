@@ -12,6 +12,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -107,11 +109,15 @@ def _capped() -> PreTrainedModel:
     return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.01))
 
 
+def _hardly_capped() -> PreTrainedModel:
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=8, final_logit_softcapping=30.0))
+
+
 def _scaled() -> PreTrainedModel:
     return CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.5))
 
 
-@pytest.mark.parametrize("made", [_capped, _scaled])
+@pytest.mark.parametrize("made", [_capped, _hardly_capped, _scaled])
 def test_logits_with_more_than_the_head_in_them_are_the_models_own(made: object) -> None:
     torch.manual_seed(0)
     assert not has_plain_head(made().eval())  # type: ignore[operator]

@@ -341,11 +341,12 @@ def test_rates_that_are_not_given_are_ten_times_those_of_full_fine_tuning(recipe
     full, lora = load_recipe(recipe_file), load_recipe(recipe_file, ["student.lora_rank=8"])
     assert (full.student.lora_rank, full.warmup.learning_rate, full.seqkd.learning_rate) == (0, 1e-6, 5e-6)
     assert lora.gad.learning_rate == full.gad.learning_rate == 3e-6
-    for section in ("discriminator", "seqkd", "warmup"):
-        assert getattr(lora, section).learning_rate == pytest.approx(
-            10 * getattr(full, section).learning_rate
-        )
-    assert lora.discriminator.lm_learning_rate == pytest.approx(1e-4)
+    for section, rate in {"discriminator": 1e-5, "seqkd": 5e-5, "warmup": 1e-5}.items():
+        # To the last bit, since a rate is shown as it is.
+        assert getattr(lora, section).learning_rate == rate
+    assert lora.discriminator.lm_learning_rate == 1e-4
+    given = load_recipe(recipe_file, ["student.lora_rank=8", "warmup.learning_rate=1e-6"])
+    assert given.warmup.learning_rate == 1e-6
     assert lora.model_copy(update={"student": full.student}).discriminator.reads == full.discriminator.reads
 
 

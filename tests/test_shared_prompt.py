@@ -6,16 +6,24 @@ from copy import deepcopy
 import pytest
 import torch
 from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -130,6 +138,45 @@ def test_plain_calls_go_on_as_before(family: str, groups: list[Group]) -> None:
     open_attention(model)
     again, _ = logprobs_and_gradients(model, groups, shares_prompts=False, max_tokens=500)
     torch.testing.assert_close(again, plain, rtol=0.0, atol=0.0)
+
+
+LEFT_ALONE: dict[str, tuple[type, object]] = {
+    "chunks longer than the probe": (
+        Llama4ForCausalLM,
+        Llama4TextConfig(
+            **NARROW,
+            intermediate_size_mlp=48,
+            num_local_experts=2,
+            attention_chunk_size=12,
+            layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        ),
+    ),
+    "a window in the mask that attention is not told of": (
+        PhimoeForCausalLM,
+        PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=12),
+    ),
+    "two attentions in a layer": (DiffLlamaForCausalLM, DiffLlamaConfig(**NARROW)),
+    "layers that look back by convolution, and in new models hardly": (
+        Lfm2ForCausalLM,
+        Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "conv"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(LEFT_ALONE))
+def test_what_a_short_probe_cannot_tell_is_left_alone(what: str) -> None:
+    kind, config = LEFT_ALONE[what]
+    torch.manual_seed(0)
+    model = kind(deepcopy(config)).eval()
+    assert model.config._attn_implementation == "sdpa"
+    assert not open_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_open_model_stays_open() -> None:
+    model = build("llama")
+    assert open_attention(model)
+    assert open_attention(model)
 
 
 def test_soft_caps_are_left_alone() -> None:

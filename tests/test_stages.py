@@ -1,6 +1,7 @@
 """The stages with odd data and settings: a right result, or one clear line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,28 @@ def test_a_prompt_and_a_response_beyond_the_models_context_are_refused(recipe_fi
     with (
         open_run(load_recipe(recipe_file, ["sampling.max_response_tokens=600"])) as run,
         pytest.raises(UserError, match="512 positions"),
+    ):
+        seqkd(run)
+
+
+def test_lengths_at_which_a_model_turns_positions_otherwise_are_refused(
+    recipe_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "longrope")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config["rope_parameters"] = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 50,
+        "factor": 512 / 50,
+        **factors,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    settings = [f"student.model={folder}", "sampling.max_response_tokens=40"]
+    with (
+        open_run(load_recipe(recipe_file, settings)) as run,
+        pytest.raises(UserError, match="50 positions"),
     ):
         seqkd(run)
 

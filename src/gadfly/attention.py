@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -65,11 +65,11 @@ def open_attention(model: PreTrainedModel) -> bool:
     Without `attends` in the call it goes on to attend by torch's own SDPA.
 
     Returns:
-        Whether it has the place now. A model that does not go through the interface, or has more in its
-        attention than the interface says (soft caps, sinks), is left as it was.
+        Whether it has the place now. A model that does not go through the interface once a layer, or has more
+        in its attention than the interface says (soft caps, sinks, chunks), is left as it was.
     """
     if not model._supports_attention_backend or model.config._attn_implementation != "sdpa":
-        return False
+        return takes_attention(model)
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     model.set_attn_implementation(_NAME)
@@ -90,21 +90,44 @@ def _attends_as_before(model: PreTrainedModel) -> bool:
     lengths = [5, 3]
     ids = torch.arange(sum(lengths), device=model.device) % model.config.get_text_config().vocab_size
     positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])
+    side_by_side = _SideBySide(lengths)
     try:
-        together = model(**sequence_arguments(ids, positions, _SideBySide(lengths)))[0][0]
+        together = model(**sequence_arguments(ids, positions, side_by_side))[0][0]
         alone = [model(input_ids=part[None], use_cache=False)[0][0] for part in ids.split(lengths)]
     except (TypeError, ValueError, NotImplementedError, RuntimeError):
+        return False
+    # The probe is shorter than most windows: what is seen of longer texts is as the config says, or unknown.
+    if side_by_side.asked != _layers_and_windows(model.config.get_text_config()):
         return False
     # A model whose weights are no numbers is for the loss to refuse.
     scale = float(together.abs().nan_to_num().max())
     return torch.allclose(together, torch.cat(alone), rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
 
 
+def _layers_and_windows(config: PreTrainedConfig) -> list[tuple[int, int | None]] | None:
+    """The layers of a model, each with its window, as transformers' own masks have them.
+
+    None if some layer is of another kind: its attention is in chunks, or it is no attention.
+    """
+    window = getattr(config, "sliding_window", None)
+    default = "full_attention" if window is None else "sliding_attention"
+    kinds = getattr(config, "layer_types", None) or [default] * config.num_hidden_layers
+    windows = {"full_attention": None, "sliding_attention": window}
+    if not windows.keys() >= set(kinds):
+        return None
+    return [(layer, windows[kind]) for layer, kind in enumerate(kinds)]
+
+
 class _SideBySide:
-    """Texts one after the other that do not see each other: what the probe knows the answer to."""
+    """Texts one after the other that do not see each other: what the probe knows the answer to.
+
+    Attributes:
+        asked: the layer and the window of every call, in order.
+    """
 
     def __init__(self, lengths: list[int]):
         self._lengths = lengths
+        self.asked: list[tuple[int, int | None]] = []
 
     def __call__(
         self,
@@ -116,6 +139,7 @@ class _SideBySide:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
+        self.asked.append((layer, window))
         outputs = []
         texts = (part.split(self._lengths) for part in (query, key, value))
         for q, k, v in zip(*texts, strict=True):

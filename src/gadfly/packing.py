@@ -105,16 +105,19 @@ def micro_batches(
     micro-batch of its own: its rows must be scored together. A group without branches is in none.
     """
     first_rows = _first_rows(groups)
-    count = _sequence_tokens if shares_prompts else _padded_tokens
-    order = sorted(range(len(groups)), key=lambda index: _longest(groups[index]))
+    measures = [_measure(group) for group in groups]
     cuts: list[list[int]] = []
-    for index in order:
+    size = _NOTHING
+    for index in sorted(range(len(groups)), key=lambda index: measures[index].order):
         if not groups[index].branches:
             continue
-        if cuts and count([groups[i] for i in [*cuts[-1], index]]) <= max_tokens:
+        joined = size.joined_by(measures[index])
+        if cuts and (joined.sequence_tokens if shares_prompts else joined.padded_tokens) <= max_tokens:
             cuts[-1].append(index)
+            size = joined
         else:
             cuts.append([index])
+            size = measures[index]
     batches = [_pack(groups, indices, first_rows, device) for indices in cuts]
     if not shares_prompts:
         return batches
@@ -142,18 +145,41 @@ def _first_rows(groups: Sequence[Group]) -> list[int]:
     return starts
 
 
-def _longest(group: Group) -> tuple[int, int]:
-    return max((len(branch.tokens) for branch in group.branches), default=0), len(group.prompt_tokens)
+@dataclass(frozen=True)
+class _Measure:
+    """How large some groups are together: rows, longest texts, and tokens with each prompt once."""
+
+    num_rows: int
+    longest_response: int
+    longest_prompt: int
+    sequence_tokens: int
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.longest_response, self.longest_prompt
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.num_rows * (self.longest_prompt + self.longest_response)
+
+    def joined_by(self, other: "_Measure") -> "_Measure":
+        return _Measure(
+            self.num_rows + other.num_rows,
+            max(self.longest_response, other.longest_response),
+            max(self.longest_prompt, other.longest_prompt),
+            self.sequence_tokens + other.sequence_tokens,
+        )
 
 
-def _padded_tokens(groups: Sequence[Group]) -> int:
-    longest_prompt = max(len(group.prompt_tokens) for group in groups)
-    longest_response = max(_longest(group)[0] for group in groups)
-    return num_rows(groups) * (longest_prompt + longest_response)
+_NOTHING = _Measure(0, 0, 0, 0)
 
 
-def _sequence_tokens(groups: Sequence[Group]) -> int:
-    return num_response_tokens(groups) + sum(len(group.prompt_tokens) for group in groups)
+def _measure(group: Group) -> _Measure:
+    lengths = [len(branch.tokens) for branch in group.branches]
+    num_prompt_tokens = len(group.prompt_tokens)
+    return _Measure(
+        len(lengths), max(lengths, default=0), num_prompt_tokens, num_prompt_tokens + sum(lengths)
+    )
 
 
 def _sequence(groups: Sequence[Group], device: torch.device) -> SharedPrompts:
@@ -172,18 +198,25 @@ def _pack(
     ]
     num_prompt_columns = max(len(groups[index].prompt_tokens) for index in indices)
     num_response_columns = max(len(branch.tokens) for _, _, branch in members)
-    ids, mask = [], []
-    for index, _, branch in members:
-        prompt = groups[index].prompt_tokens
-        before = num_prompt_columns - len(prompt)
-        after = num_response_columns - len(branch.tokens)
-        ids.append([0] * before + [*prompt, *branch.tokens] + [0] * after)
-        mask.append([0] * before + [1] * (len(prompt) + len(branch.tokens)) + [0] * after)
+    ids = [
+        [
+            *(0 for _ in range(num_prompt_columns - len(groups[index].prompt_tokens))),
+            *groups[index].prompt_tokens,
+            *branch.tokens,
+            *(0 for _ in range(num_response_columns - len(branch.tokens))),
+        ]
+        for index, _, branch in members
+    ]
     firsts: dict[tuple[int, tuple[int, ...]], int] = {}
     same_as = [
         firsts.setdefault((index, branch.tokens), row) for row, (index, _, branch) in enumerate(members)
     ]
-    attention_mask = torch.tensor(mask, device=device)
+    prompt_lengths = torch.tensor(
+        [len(groups[index].prompt_tokens) for index, _, _ in members], device=device
+    )
+    response_lengths = torch.tensor([len(branch.tokens) for _, _, branch in members], device=device)
+    columns = torch.arange(num_prompt_columns + num_response_columns, device=device) - num_prompt_columns
+    is_real = (columns >= -prompt_lengths[:, None]) & (columns < response_lengths[:, None])
     return MicroBatch(
         rows=torch.tensor([first_rows[index] + place for index, place, _ in members], device=device),
         group_index=torch.tensor([index for index, _, _ in members], device=device),
@@ -191,9 +224,9 @@ def _pack(
             [place < len(groups[index].teachers) for index, place, _ in members], device=device
         ),
         input_ids=torch.tensor(ids, device=device),
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
-        response_lengths=torch.tensor([len(branch.tokens) for _, _, branch in members], device=device),
+        attention_mask=is_real.long(),
+        position_ids=(is_real.cumsum(1) - 1).clamp_min(0),
+        response_lengths=response_lengths,
         same_as=torch.tensor(same_as, device=device),
         num_prompt_columns=num_prompt_columns,
     )

@@ -267,7 +267,8 @@ class Recipe(Section):
             for name in ("discriminator", "seqkd", "warmup", "gad"):
                 section = getattr(self, name)
                 raised = {
-                    rate: _LORA_RATE_FACTOR * getattr(section, rate)
+                    # Rounded, so that 1e-6 becomes 1e-5 and not 9.999999999999999e-06.
+                    rate: round(_LORA_RATE_FACTOR * getattr(section, rate), 12)
                     for rate in ("learning_rate", "lm_learning_rate")
                     if rate in type(section).model_fields and rate not in section.model_fields_set
                 }

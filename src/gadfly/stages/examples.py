@@ -90,12 +90,17 @@ def training_examples(
 
 
 def check_context(model: PreTrainedModel, examples: Sequence[Example], max_response_tokens: int) -> None:
-    """Refuse prompts and responses that together exceed what the model can attend to.
+    """Refuse prompts and responses that together exceed what the model can attend to, in one way for all.
 
     Raises:
         UserError: naming the lengths.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # One text beyond these changes what is computed of every shorter one beside it.
+        context = rope["original_max_position_embeddings"]
     longest = max(len(example.group.prompt_tokens) for example in examples)
     if context is not None and longest + max_response_tokens > context:
         raise UserError(
