@@ -18,8 +18,12 @@ from benchmarks.subjects import (
 )
 from gadfly.samplers import LocalSampler, requests_for
 
-_SUBJECTS = {"demo": (DEMO, Shape(8, 8, 64, 128)), "smollm2": (SMOLLM2, Shape(2, 8, 64, 128))}
-_WANTED = {"demo": 2.5, "smollm2": 1.5}
+_SUBJECTS = {
+    "demo": (DEMO, Shape(8, 8, 64, 128)),
+    "demo-long": (DEMO, Shape(8, 8, 1024, 256)),
+    "smollm2": (SMOLLM2, Shape(2, 8, 64, 128)),
+}
+_WANTED = {"demo": 2.5, "demo-long": 2.5, "smollm2": 1.5}
 _PAIRS = 5
 CASES = tuple(_SUBJECTS)
 
