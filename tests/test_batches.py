@@ -87,6 +87,12 @@ max_attempts = 2
         environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
         return subprocess.Popen(self.command(), stderr=subprocess.PIPE, text=True, env=environment)
 
+    def start_and_kill(self, reached: threading.Event) -> None:
+        """Collect in a process of its own, and kill it where the server has it wait."""
+        with self.start() as process:
+            assert reached.wait(60)
+            process.kill()
+
     @property
     def rows(self) -> Rows:
         path = self.run_folder / "teacher.jsonl"
@@ -191,9 +197,7 @@ def test_what_an_open_batch_holds_is_neither_asked_by_a_trial_nor_counted_by_a_d
     faults, reached = hold("GET /v1/batches/{id}")
     with FaultServer(route_faults=faults) as server:
         bench.write(server.base_url)
-        with bench.start() as process:
-            assert reached.wait(60)
-            process.kill()
+        bench.start_and_kill(reached)
         with open_run(load_recipe(bench.recipe)) as run:
             told = estimate(run)
             with pytest.raises(UserError, match=r"and run `gadfly collect` to get their answers"):
@@ -598,9 +602,7 @@ def test_what_other_settings_asked_for_is_kept_too(bench: Bench) -> None:
     faults, reached = hold("GET /v1/batches/{id}")
     with FaultServer(route_faults=faults) as server:
         bench.write(server.base_url)
-        with bench.start() as process:
-            assert reached.wait(60)
-            process.kill()
+        bench.start_and_kill(reached)
         bench.collect("teacher.temperature=0.5")
         assert len(bench.rows) == 12
         assert {row["parameters"].get("temperature") for row in bench.rows} == {None, 0.5}
@@ -613,9 +615,7 @@ def test_a_batch_of_other_questions_is_not_waited_for(bench: Bench) -> None:
     faults, reached = hold("GET /v1/batches/{id}")
     with FaultServer(batches=[BatchPlan(polls=6)], route_faults=faults) as server:
         bench.write(server.base_url)
-        with bench.start() as process:
-            assert reached.wait(60)
-            process.kill()
+        bench.start_and_kill(reached)
         bench.collect("teacher.temperature=0.5")
         bench.collect("teacher.temperature=0.5")
         assert len(bench.rows) == 6
@@ -629,9 +629,7 @@ def test_an_open_batch_is_not_paid_again_one_by_one(bench: Bench) -> None:
     faults, reached = hold("GET /v1/batches/{id}")
     with FaultServer(route_faults=faults) as server:
         bench.write(server.base_url)
-        with bench.start() as process:
-            assert reached.wait(60)
-            process.kill()
+        bench.start_and_kill(reached)
         with pytest.raises(
             UserError, match=r"6 questions are in a batch at the provider; set teacher\.batch"
         ):
@@ -668,9 +666,7 @@ def test_a_batch_that_is_gone_is_told(bench: Bench) -> None:
     faults, reached = hold("GET /v1/batches/{id}")
     with FaultServer(answer=answer, route_faults=faults) as server:
         bench.write(server.base_url)
-        with bench.start() as process:
-            assert reached.wait(60)
-            process.kill()
+        bench.start_and_kill(reached)
     with FaultServer() as other:
         bench.write(other.base_url)
         with pytest.raises(GadflyError, match=r"no batch_1 there; if it is gone, delete collect/batches"):

@@ -94,7 +94,8 @@ def _attends_as_before(model: PreTrainedModel) -> bool:
     try:
         together = model(**sequence_arguments(ids, positions, side_by_side))[0][0]
         alone = [model(input_ids=part[None], use_cache=False)[0][0] for part in ids.split(lengths)]
-    except (TypeError, ValueError, NotImplementedError, RuntimeError):
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        # A model that is built otherwise refuses the call in its own way, and `_attention` what it cannot do.
         return False
     # The probe is shorter than most windows: what is seen of longer texts is as the config says, or unknown.
     if side_by_side.asked != _layers_and_windows(model.config.get_text_config()):

@@ -62,8 +62,9 @@ class StudentConfig(Optimizer):
     every step smaller than its rounding: rates near 1e-6 train nothing. For speed set `engine.precision`."""
     lora_rank: Steps = 0
     """0: every weight is trained. Above: student, discriminator and reference are LoRA adapters of this rank,
-    in all linear layers of one frozen model that is in memory once (and whose `dtype` may be `bfloat16`:
-    adapters are finer). Learning rates that are not given are then ten times the defaults here."""
+    in all linear layers of one frozen model (not in experts that are one tensor), which is in memory once and
+    whose `dtype` may be `bfloat16`: adapters are finer. Learning rates that are not given are then ten times
+    the defaults here."""
     lora_alpha: Count | None = None
     """An adapter counts `lora_alpha / lora_rank` times. Default: twice the rank."""
 

@@ -98,13 +98,7 @@ def open_student(
     if recipe.engine.num_threads is not None:
         torch.set_num_threads(recipe.engine.num_threads)
     model, renderer = _language_model(recipe, source, shared)
-    engine = Engine(
-        model,
-        LogprobReader(temperature, is_chunked=has_plain_head(model)),
-        micro_batch_tokens=recipe.engine.micro_batch_tokens,
-        precision=precision_of(recipe),
-        optimizer=optimizer or recipe.student,
-    )
+    engine = _reading_engine(recipe, model, temperature, optimizer or recipe.student)
     return StudentRole(model, renderer, engine, open_sampler(recipe, source, model, renderer))
 
 
@@ -131,12 +125,7 @@ def open_reference(
 ) -> Engine[Logprobs]:
     """The frozen student that the KL term holds on to."""
     model, _ = _language_model(recipe, source, shared)
-    return Engine(
-        model,
-        LogprobReader(temperature, is_chunked=has_plain_head(model)),
-        micro_batch_tokens=recipe.engine.micro_batch_tokens,
-        precision=precision_of(recipe),
-    )
+    return _reading_engine(recipe, model, temperature, None)
 
 
 def open_discriminator(
@@ -163,6 +152,18 @@ def _language_model(
     if shared is None:
         return load_language_model(str(source), recipe.student.dtype)
     return shared.language_model(source), shared.renderer
+
+
+def _reading_engine(
+    recipe: Recipe, model: PreTrainedModel, temperature: float, optimizer: Optimizer | None
+) -> Engine[Logprobs]:
+    return Engine(
+        model,
+        LogprobReader(temperature, is_chunked=has_plain_head(model)),
+        micro_batch_tokens=recipe.engine.micro_batch_tokens,
+        precision=precision_of(recipe),
+        optimizer=optimizer,
+    )
 
 
 def precision_of(recipe: Recipe) -> Precision:
