@@ -19,6 +19,7 @@ NAMES = (
     "training_rate",
     "memory",
     "roles",
+    "plan",
     "cost",
     "collect",
 )

@@ -26,6 +26,7 @@ COMMANDS = (
     "generate",
     "judge",
     "report",
+    "plan",
     "demo",
 )
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from test_resume import RECIPE, finish, kill_when, outcome, start
 from tiny import forgetful_folder, random_groups, sharp_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from gadfly.attention import takes_attention
@@ -47,11 +47,16 @@ def shared_base(folder: Path, dtype: str = "float64", *, rank: int = RANK, alpha
     return SharedBase(model, renderer, str(folder), rank=rank, alpha=alpha, seed=0)
 
 
+def trained(role: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What takes gradients."""
+    return [(name, weight) for name, weight in role.named_parameters() if weight.requires_grad]
+
+
 def shaken(role: PreTrainedModel, seed: int) -> PreTrainedModel:
     """The role after what might have been training."""
     random_numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in role.parameters():
+        for _, weight in trained(role):
             weight.add_(torch.randn(weight.shape, generator=random_numbers, dtype=weight.dtype) * 0.1)
     return role
 
@@ -82,7 +87,7 @@ def merged(whole: PreTrainedModel, role: PreTrainedModel) -> dict[str, tuple[Ten
 
 def assert_gradients_follow(role: PreTrainedModel, whole: PreTrainedModel, pairs: dict[str, Any]) -> None:
     """The gradients of A and B are those that the chain rule makes of the merged weight's."""
-    own = dict(role.named_parameters())
+    own = dict(trained(role))
     for name, (a, b) in pairs.items():
         of_weight = ALPHA / RANK * whole.get_submodule(name).weight.grad
         for letter, gradient in (("A", b.T @ of_weight), ("B", of_weight @ a.T)):
@@ -118,7 +123,7 @@ def test_a_new_adapter_changes_nothing(name: str, tiny_model: Path, tmp_path: Pa
     assert not torch.allclose(role(input_ids=ids).logits, whole(input_ids=ids).logits)
 
 
-def test_the_frozen_weights_are_in_memory_once_and_the_adapters_are_the_parameters(
+def test_the_frozen_weights_are_in_memory_once_and_the_adapters_alone_are_trained(
     tiny_model: Path, base: SharedBase
 ) -> None:
     whole, _ = load_language_model(str(tiny_model), "float64")
@@ -129,18 +134,18 @@ def test_the_frozen_weights_are_in_memory_once_and_the_adapters_are_the_paramete
         for role in (student, reference, discriminator)
         for tensor in role.state_dict().values()
     }
-    adapter = sum(weight.numel() for weight in student.parameters())
+    adapter = sum(weight.numel() for _, weight in trained(student))
     frozen = sum(weight.numel() for weight in whole.parameters())
     head = sum(weight.numel() for weight in discriminator.score_head.parameters())
     assert sum(held.values()) == 8 * (frozen + 3 * adapter + head)
     # Seven linear layers in each of the two of the decoder, and none at the end.
     for role, prefix in ((student, "model."), (discriminator.backbone, "")):
-        names = [name for name, _ in role.named_parameters()]
+        names = [name for name, _ in trained(role)]
         assert len(names) == 2 * 7 * 2
         assert all(re.match(rf"{prefix}layers\..*\.lora_[AB]\.default\.weight$", name) for name in names)
     engine = Engine(discriminator, read_scores, micro_batch_tokens=100, optimizer=Optimizer())
     assert {name for name, _ in engine.weights()} == {
-        *(f"backbone.{name}" for name, _ in discriminator.backbone.named_parameters()),
+        *(f"backbone.{name}" for name, _ in trained(discriminator.backbone)),
         "score_head.weight",
         "score_head.bias",
     }
@@ -222,7 +227,7 @@ def test_training_one_role_leaves_the_others_and_the_frozen_model_alone(
 def test_adapters_are_in_single_precision_over_a_bfloat16_model(tiny_model: Path) -> None:
     base = shared_base(tiny_model, "bfloat16")
     role = base.language_model(str(tiny_model))
-    assert {weight.dtype for weight in role.parameters()} == {torch.float32}
+    assert {weight.dtype for _, weight in trained(role)} == {torch.float32}
     assert role.get_input_embeddings().weight.dtype == torch.bfloat16
     engine = Engine(role, LogprobReader(), micro_batch_tokens=100, optimizer=Optimizer())
     losses = []

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as distributed_checkpoint
 from safetensors import SafetensorError
 from torch import Tensor
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gadfly.errors import CheckpointError, RunFolderError
+from gadfly.processes import Processes
 from gadfly.run_folder import hash_file, write_text
 
 _MANIFEST = "manifest.json"
@@ -51,27 +53,57 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    stage: Path, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]
+    stage: Path,
+    step: int,
+    write: Callable[[Path], None],
+    facts: Mapping[str, Any],
+    processes: Processes | None = None,
 ) -> Checkpoint:
     """Let `write` fill a folder beside the stage's checkpoints, then rename it into place, as the `latest`.
+
+    On many processes every one writes its part into the folder, which all of them have to see.
 
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
+    processes = processes or Processes()
     place = _place(stage, step)
     beside = stage / f".{place.name}.tmp"
+
+    def begin() -> None:
+        with _whole_or_nothing(place, beside):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+
+    def finish() -> Checkpoint:
+        with _whole_or_nothing(place, beside):
+            files = sorted(path for path in beside.rglob("*") if path.is_file())
+            hashes = {path.relative_to(beside).as_posix(): hash_file(path) for path in files}
+            manifest = {"step": step, "facts": dict(facts), "files": hashes}
+            write_text(beside / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            if place.exists():
+                _delete(place)
+            os.replace(beside, place)
+            point(stage / "latest", place)
+            return Checkpoint(place, step, dict(facts), _digest(hashes))
+
+    processes.once("a place for the checkpoint", begin)
+    failure: RunFolderError | None = None
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        write(beside)
-        files = sorted(path for path in beside.rglob("*") if path.is_file())
-        hashes = {path.relative_to(beside).as_posix(): hash_file(path) for path in files}
-        manifest = {"step": step, "facts": dict(facts), "files": hashes}
-        write_text(beside / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        if place.exists():
-            _delete(place)
-        os.replace(beside, place)
-        point(stage / "latest", place)
+        with _whole_or_nothing(place, beside):
+            write(beside)
+    except RunFolderError as refused:
+        failure = refused
+    if refusals := [told for told in processes.gather("checkpoint", failure) if told is not None]:
+        raise refusals[0]
+    return processes.once("the end of the checkpoint", finish)
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(place: Path, beside: Path) -> Iterator[None]:
+    """Delete what was written if a disk or a folder refuses, and say why."""
+    try:
+        yield
     # The second is torch's, and no `Exception`.
     except (Exception, CheckpointException) as failure:
         shutil.rmtree(beside, ignore_errors=True)
@@ -82,7 +114,6 @@ def save_checkpoint(
             f"{place}: the checkpoint could not be written ({reason}); earlier ones are untouched. "
             f"Make room or mend the folder, and run the same command to go on."
         ) from failure
-    return Checkpoint(place, step, dict(facts), _digest(hashes))
 
 
 def _reason(failure: BaseException) -> str | None:
@@ -127,10 +158,14 @@ def checkpoint_steps(stage: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def latest_checkpoint(stage: Path) -> Checkpoint | None:
-    """The newest checkpoint of a stage, checked; None if there is none."""
-    steps = checkpoint_steps(stage)
-    return open_checkpoint(_place(stage, steps[-1])) if steps else None
+def latest_checkpoint(stage: Path, processes: Processes | None = None) -> Checkpoint | None:
+    """The newest checkpoint of a stage, checked, by the first of the processes; None if there is none."""
+
+    def find() -> Checkpoint | None:
+        steps = checkpoint_steps(stage)
+        return open_checkpoint(_place(stage, steps[-1])) if steps else None
+
+    return (processes or Processes()).once(f"the checkpoints of {stage.name}", find)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -208,17 +243,26 @@ def remove_unfinished(stage: Path) -> None:
             link.unlink()
 
 
-def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors by name with `torch.distributed.checkpoint`, as safetensors."""
-    folder.mkdir()
+def save_tensors(tensors: dict[str, Tensor], folder: Path, *, group: dist.ProcessGroup | None = None) -> None:
+    """Write tensors by name with `torch.distributed.checkpoint`, as safetensors.
+
+    Args:
+        tensors: whole ones, or in shards of the processes, each of which writes its own.
+        folder: where to.
+        group: the processes; None for this one alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=group is not None)
     with _one_process():
         distributed_checkpoint.save(
-            tensors, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True
+            tensors, storage_writer=writer, process_group=group, no_dist=group is None
         )
 
 
-def load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+def load_tensors(tensors: dict[str, Tensor], folder: Path, *, group: dist.ProcessGroup | None = None) -> None:
     """Read tensors written by `save_tensors` into those given, in place.
+
+    They may have been written by another number of processes: each reads what its shards need.
 
     Raises:
         CheckpointError: if names or shapes differ, or a file cannot be read.
@@ -241,7 +285,9 @@ def load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
                 f"{folder}: of another model than the recipe's: {name} has shape {there} there, {here} here"
             )
     with _one_process():
-        distributed_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+        distributed_checkpoint.load(
+            tensors, storage_reader=reader, process_group=group, no_dist=group is None
+        )
 
 
 @contextlib.contextmanager

@@ -5,10 +5,14 @@ gadfly STAGE recipe.toml [key=value ...]    one stage
 gadfly demo                                 the whole method on a scripted teacher, in minutes
 """
 
+import contextlib
+import logging
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +20,7 @@ import typer
 
 import gadfly
 from gadfly.console import show_logs
-from gadfly.errors import GadflyError
+from gadfly.errors import GadflyError, RanksError
 
 app = typer.Typer(
     help="Distil any black-box LLM into your own model, on-policy, from the teacher's text alone.",
@@ -34,14 +38,23 @@ Overrides = Annotated[
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(help="As many processes, by Ray Train.", min=1, show_default=False)
+    ] = None,
+) -> None:
     """Every stage that is not done yet, in order. Stopped at any moment, the same command goes on."""
-    typer.echo(f"report: {_do('run', recipe, overrides) / 'report.html'}")
+    if ray_workers is None:
+        _say(f"report: {_do('run', recipe, overrides) / 'report.html'}")
+    else:
+        _say(f"report: {_do_by_ray(recipe, overrides, ray_workers) / 'report.html'}")
 
 
 def _stage_command(name: str, help_text: str) -> None:
     def command(recipe: RecipePath, overrides: Overrides = None) -> None:
-        typer.echo(f"{name}: done, in {_do(name, recipe, overrides)}")
+        _say(f"{name}: done, in {_do(name, recipe, overrides)}")
 
     app.command(name, help=help_text)(command)
 
@@ -59,12 +72,13 @@ def collect(
 ) -> None:
     """The teacher's answers to data.prompts through its API, each paid for once."""
     if not (dry_run or trial):
-        typer.echo(f"collect: done, in {_do('collect', recipe, overrides)}")
+        _say(f"collect: done, in {_do('collect', recipe, overrides)}")
         return
     from gadfly.stages import collect as stage  # noqa: PLC0415
 
     with _open(recipe, overrides) as opened:
-        typer.echo(stage.estimate(opened) if dry_run else stage.trial(opened))
+        work = stage.estimate if dry_run else stage.trial
+        _say(opened.processes.once("collect", lambda: work(opened.alone()), is_patient=True))
 
 
 _stage_command("seqkd", "The baseline: SFT on the teacher's responses.")
@@ -79,7 +93,23 @@ _stage_command("judge", "What a judge makes of the generations; by default a cla
 @app.command()
 def report(recipe: RecipePath, overrides: Overrides = None) -> None:
     """One HTML file with curves, samples and figures of what is there so far."""
-    typer.echo(f"report: {_do('report', recipe, overrides) / 'report.html'}")
+    _say(f"report: {_do('report', recipe, overrides) / 'report.html'}")
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="How many.", min=1)] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Of one, as in 80GB or 24GiB.")] = "80GB",
+) -> None:
+    """Whether a recipe fits on some GPUs, by formula from its model's config alone."""
+    from gadfly.recipe_file import load_recipe  # noqa: PLC0415
+
+    loaded = load_recipe(recipe, overrides or [])
+    from gadfly.stages import plan as stage  # noqa: PLC0415  torch loads once the recipe is known to be right
+
+    _say(stage.plan(loaded, gpus, gpu_memory))
 
 
 @app.command()
@@ -106,11 +136,46 @@ def _do(name: str, recipe_path: Path, overrides: list[str] | None) -> Path:
         return path
 
 
-def _open(recipe_path: Path, overrides: list[str] | None) -> AbstractContextManager[Any]:
+def _do_by_ray(recipe_path: Path, overrides: list[str] | None, num_workers: int) -> Path:
+    """Do all stages in Ray's workers, and return the run folder."""
+    from gadfly.ray_launch import launch  # noqa: PLC0415
+    from gadfly.recipe_file import load_recipe  # noqa: PLC0415
+
+    loaded = load_recipe(recipe_path, overrides or [])
+    assert loaded.run_folder is not None, "load_recipe fills it in"
+    work = partial(_do, "run", recipe_path.absolute(), overrides)
+    return launch(work, Path(loaded.run_folder), num_workers)
+
+
+@contextlib.contextmanager
+def _open(recipe_path: Path, overrides: list[str] | None) -> Iterator[Any]:
     from gadfly.recipe_file import load_recipe  # noqa: PLC0415  `--help` needs no pydantic
     from gadfly.stages.run import open_run  # noqa: PLC0415
 
-    return open_run(load_recipe(recipe_path, overrides or []))
+    with _join_processes() as processes:
+        loaded = processes.together("recipe", lambda: load_recipe(recipe_path, overrides or []))
+        processes.limit_waits(loaded.engine.timeout_seconds)
+        with open_run(loaded, processes) as opened:
+            yield opened
+
+
+def _join_processes() -> AbstractContextManager[Any]:
+    """The processes that torchrun started, or this one alone."""
+    from gadfly.processes import Processes  # noqa: PLC0415
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return contextlib.nullcontext(Processes())
+    from gadfly.ranks import open_ranks  # noqa: PLC0415  torch is needed by many processes only
+
+    return open_ranks(_give_up)
+
+
+def _give_up(line: str) -> None:
+    """End the process from a thread while the main one is stuck."""
+    if line:
+        # By the log, which Ray's workers send to the terminal; a quiet process shows this too.
+        logging.getLogger("gadfly").critical("%s", line)
+    os._exit(RanksError.exit_code)
 
 
 def _stage(name: str) -> Callable[[Any], None]:
@@ -136,6 +201,16 @@ def _options(
     pass
 
 
+def _say(text: str) -> None:
+    """Print a result: of many processes, the first one speaks."""
+    if _is_first():
+        typer.echo(text)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 class _Stopped(SystemExit):
     """Ctrl-C or a request to end; passes through `except Exception`, and typer leaves it alone."""
 
@@ -148,14 +223,16 @@ def main() -> None:
     """Run a command; user errors are one line and an exit code, bugs keep their traceback."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    console = show_logs()
+    console = show_logs(is_quiet=not _is_first())
     try:
         app()
     except GadflyError as error:
         console.end_line()
-        typer.echo(str(error), err=True)
+        if not error.is_told:
+            typer.echo(str(error), err=True)
         sys.exit(error.exit_code)
     except _Stopped:
         console.end_line()
-        typer.echo("stopped; run the same command to go on", err=True)
+        if _is_first():
+            typer.echo("stopped; run the same command to go on", err=True)
         raise

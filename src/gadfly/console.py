@@ -56,8 +56,11 @@ class ConsoleHandler(logging.Handler):
             self.setLevel(logging.CRITICAL + 1)
 
 
-def show_logs() -> ConsoleHandler:
-    """Send gadfly's log to the console, and quiet the libraries that are loaded after this."""
+def show_logs(*, is_quiet: bool = False) -> ConsoleHandler:
+    """Send gadfly's log to the console, and quiet the libraries that are loaded after this.
+
+    `is_quiet` is for a process beside the one that speaks: it shows nothing.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -65,6 +68,6 @@ def show_logs() -> ConsoleHandler:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("gadfly")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.CRITICAL if is_quiet else logging.INFO)
     logger.propagate = False
     return handler

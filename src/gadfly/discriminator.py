@@ -6,7 +6,7 @@ for both roles (see `chat_template.py`).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,11 @@ def read_scores(model: nn.Module, batch: MicroBatch) -> Scores:
 
 
 def new_discriminator(
-    name: str, dtype: str, seed: int, shared: SharedBase | None = None
+    name: str,
+    dtype: str,
+    seed: int,
+    shared: SharedBase | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Discriminator, Renderer]:
     """A discriminator with the weights of a language model and a new head drawn from the seed.
 
@@ -87,16 +91,24 @@ def new_discriminator(
         seed: decides the head.
         shared: a frozen model that the discriminator is to be an adapter of; `name` is then its own name or
             the folder of a saved adapter.
+        device: where to put it. Default: the GPU if there is one.
 
     Raises:
         UserError: if the model cannot be opened.
     """
-    backbone, renderer = _load_backbone(name, dtype, shared)
+    backbone, renderer = _load_backbone(name, dtype, shared, device)
     return Discriminator(backbone, seed).eval(), renderer
 
 
 def save_discriminator(
-    model: Discriminator, renderer: Renderer, folder: Path, probe: Sequence[Group]
+    model: Discriminator,
+    renderer: Renderer,
+    folder: Path,
+    probe: Sequence[Group],
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    scores: Scores | None = None,
+    scored_in: str | None = None,
 ) -> None:
     """Write a Hugging Face folder with the head beside it, and what the check at load needs.
 
@@ -105,27 +117,38 @@ def save_discriminator(
         renderer: its renderer.
         folder: where to.
         probe: groups whose teacher responses are stored as texts with their scores.
+        state: the tensors by name, where the model has only shards of them or has moved on.
+        scores: the scores of the probe, where the model cannot be asked any more.
+        scored_in: the type that those were computed in.
     """
-    model.backbone.save_pretrained(folder)
+    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "score_head": {}}
+    for name, value in (model.state_dict() if state is None else state).items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value.contiguous()
+    model.backbone.save_pretrained(folder, state_dict=parts["backbone"])
     renderer.tokenizer.save_pretrained(folder)
     GenerationConfig(eos_token_id=sorted(renderer.end_ids)).save_pretrained(folder)
-    save_file(
-        {name: value.contiguous() for name, value in model.score_head.state_dict().items()},
-        folder / _HEAD_FILE,
-    )
+    save_file(parts["score_head"], folder / _HEAD_FILE)
     texts: list[dict[str, Any]] = [
         {"prompt_tokens": group.prompt_tokens, "response": branch.text, "finished": branch.finished}
         for group in probe
         for branch in group.teachers
     ]
     tokens = [renderer.response_tokens(text["response"], text["finished"]) for text in texts]
-    scores = _score(model, texts, tokens)
-    stored = {"dtype": _dtype_name(model), "texts": texts, "tokens": tokens, "scores": scores}
+    stored = {
+        "dtype": scored_in or _dtype_name(model),
+        "texts": texts,
+        "tokens": tokens,
+        "scores": _score(model, texts, tokens) if scores is None else scores.values.tolist(),
+    }
     (folder / _PROBE_FILE).write_text(json.dumps(stored), encoding="utf-8")
 
 
 def load_discriminator(
-    folder: str | Path, dtype: str = "float32", shared: SharedBase | None = None
+    folder: str | Path,
+    dtype: str = "float32",
+    shared: SharedBase | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Discriminator, Renderer]:
     """Open a saved discriminator and score its probe again.
 
@@ -134,6 +157,7 @@ def load_discriminator(
         dtype: torch's name of the weights' type.
         shared: the frozen model that the saved one is an adapter of, to train it on as one; without it
             an adapter is merged into its model.
+        device: where to put it. Default: the GPU if there is one.
 
     Raises:
         CheckpointError: if the head is missing or broken, or a probe text scores otherwise than it did.
@@ -144,7 +168,7 @@ def load_discriminator(
         raise CheckpointError(
             f"{folder}: no {_HEAD_FILE}, so this is no discriminator; give the folder of one"
         )
-    backbone, renderer = _load_backbone(str(folder), dtype, shared)
+    backbone, renderer = _load_backbone(str(folder), dtype, shared, device)
     model = Discriminator(backbone, seed=0).eval()
     try:
         model.score_head.load_state_dict(load_file(folder / _HEAD_FILE))
@@ -170,10 +194,12 @@ def load_discriminator(
     return model, renderer
 
 
-def _load_backbone(name: str, dtype: str, shared: SharedBase | None) -> tuple[PreTrainedModel, Renderer]:
+def _load_backbone(
+    name: str, dtype: str, shared: SharedBase | None, device: torch.device | None
+) -> tuple[PreTrainedModel, Renderer]:
     if shared is not None:
         return shared.decoder(name), shared.renderer
-    backbone, tokenizer = open_pretrained(AutoModel, name, dtype)
+    backbone, tokenizer = open_pretrained(AutoModel, name, dtype, device)
     open_attention(backbone)
     return backbone, load_renderer(tokenizer, _generation_config(name, backbone))
 

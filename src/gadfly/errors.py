@@ -7,16 +7,22 @@
     │   ├── RunFolderError       locked, read-only, disk full, or of another recipe
     │   └── CheckpointError      half written, edited, or of another model
     ├── ApiError             3   a teacher or judge that cannot be asked any further
-    └── AlarmError           4   training stopped itself before it did harm
+    ├── AlarmError           4   training stopped itself before it did harm
+    └── RanksError           5   another process of the same run is gone, stuck, or out of reach
 
 Anything else is a bug and keeps its traceback.
 """
 
 
 class GadflyError(Exception):
-    """Base of all errors that are shown as one line without a traceback."""
+    """Base of all errors that are shown as one line without a traceback.
+
+    Attributes:
+        is_told: whether another process of the same run shows it.
+    """
 
     exit_code = 1
+    is_told = False
 
 
 class UserError(GadflyError):
@@ -51,3 +57,9 @@ class AlarmError(GadflyError):
     """Training stopped because going on would spoil the model; nothing was updated."""
 
     exit_code = 4
+
+
+class RanksError(GadflyError):
+    """Another process of the same run is gone, stuck, or cannot be reached."""
+
+    exit_code = 5

@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ class SharedBase:
         self._rank, self._alpha, self._seed = rank, alpha, seed
 
     def language_model(self, source: str | Path) -> PreTrainedModel:
-        """A role that writes: the frozen model with an adapter of its own, whose weights are its parameters.
+        """A role that writes: the frozen model with an adapter of its own, which alone takes gradients.
 
         Args:
             source: the model's name for a new adapter, with which it computes what it did before; or the
@@ -88,7 +89,6 @@ class SharedBase:
             task_type="CAUSAL_LM" if role.can_generate() else None,
         )
         _add_adapter(role, config)
-        _freeze(role)
         self._draw(role)
         if str(source) != self._name:
             self._load(role, Path(source))
@@ -98,7 +98,7 @@ class SharedBase:
     def _draw(self, role: PreTrainedModel) -> None:
         """New weights: A as peft draws them but from the seed, on the CPU, and B zero."""
         random_numbers = torch.Generator().manual_seed(self._seed)
-        for name, weight in role.named_parameters():
+        for name, weight in _adapter(role):
             # Small steps would be lost in the rounding of half precision.
             weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32)).zero_()
             if ".lora_A." in name:
@@ -109,7 +109,7 @@ class SharedBase:
     def _load(self, role: PreTrainedModel, folder: Path) -> None:
         stored = _read(folder, self._rank, self._alpha)
         prefix = f"{self._model.base_model_prefix}."
-        own = {name.replace(f".{_ADAPTER}.", "."): weight.data for name, weight in role.named_parameters()}
+        own = {name.replace(f".{_ADAPTER}.", "."): weight.data for name, weight in _adapter(role)}
         if own.keys() != stored.keys():
             # The language model the discriminator starts from has a name for its decoder.
             stored = {name.removeprefix(prefix): weight for name, weight in stored.items()}
@@ -155,13 +155,9 @@ def _add_adapter(model: PreTrainedModel, config: LoraConfig) -> None:
     config.target_modules = sorted(config.target_modules or ())
 
 
-def _freeze(model: PreTrainedModel) -> None:
-    """Make every weight but the adapter's a buffer: what a model's parameters are is what is trained."""
-    for module in model.modules():
-        for name, weight in list(module._parameters.items()):
-            if weight is not None and not weight.requires_grad:
-                del module._parameters[name]
-                module.register_buffer(name, weight.detach())
+def _adapter(role: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is trained: peft has frozen all else."""
+    return ((name, weight) for name, weight in role.named_parameters() if weight.requires_grad)
 
 
 def _read(folder: Path, rank: int, alpha: int) -> dict[str, Tensor]:

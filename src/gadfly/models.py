@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -18,23 +19,29 @@ from gadfly.errors import UserError
 from gadfly.lora import adapted_model, merge_adapter
 
 
-def load_language_model(name: str, dtype: str) -> tuple[PreTrainedModel, Renderer]:
+def load_language_model(
+    name: str, dtype: str, device: torch.device | None = None
+) -> tuple[PreTrainedModel, Renderer]:
     """A causal language model in eval mode, and the renderer for its tokenizer.
 
     Args:
         name: a folder, or a Hugging Face name. No code of its author is run.
         dtype: torch's name of the weights' type.
+        device: where to put it. Default: the GPU if there is one.
 
     Raises:
         UserError: if it cannot be opened.
     """
-    model, tokenizer = open_pretrained(AutoModelForCausalLM, name, dtype)
+    model, tokenizer = open_pretrained(AutoModelForCausalLM, name, dtype, device)
     open_attention(model)
     return model, load_renderer(tokenizer, model.generation_config)
 
 
 def open_pretrained(
-    kind: type[AutoModel] | type[AutoModelForCausalLM], name: str, dtype: str
+    kind: type[AutoModel] | type[AutoModelForCausalLM],
+    name: str,
+    dtype: str,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model of some kind in eval mode, with every weight from the folder, and its tokenizer.
 
@@ -45,7 +52,7 @@ def open_pretrained(
     """
     try:
         if (whole := adapted_model(name)) is not None:
-            model, _ = open_pretrained(kind, whole, dtype)
+            model, _ = open_pretrained(kind, whole, dtype, device)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             return merge_adapter(model, name).eval(), tokenizer
         opened: Any = kind.from_pretrained(
@@ -63,7 +70,7 @@ def open_pretrained(
             f"model {name!r} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; "
             f"give the folder of a whole one"
         )
-    return model.eval().to(default_device()), tokenizer
+    return model.eval().to(device or default_device()), tokenizer
 
 
 def default_device() -> torch.device:
@@ -71,7 +78,15 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def save_language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder: weights, config, generation config, tokenizer."""
-    model.save_pretrained(folder)
+def save_language_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write an ordinary Hugging Face folder: weights, config, generation config, tokenizer.
+
+    `state` holds the weights by name where the model has only shards of them, or has moved on.
+    """
+    model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)

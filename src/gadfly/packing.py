@@ -11,15 +11,16 @@ Axes: `row` branches of the micro-batch, `token` response columns, `column` prom
     columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gadfly.groups import Group
+from gadfly.groups import Branch, Group
 from gadfly.shared_prompt import SharedPrompts
 
 
@@ -38,6 +39,7 @@ class MicroBatch:
         same_as: for each row, the first row of its group with the same response; itself if there is none.
         num_prompt_columns: columns before the responses.
         shared: the same as one sequence; None for a model that reads padded rows.
+        is_filler: whether it is part of no batch (see `filler`).
     """
 
     rows: Int[Tensor, " row"]
@@ -50,6 +52,7 @@ class MicroBatch:
     same_as: Int[Tensor, " row"]
     num_prompt_columns: int
     shared: SharedPrompts | None = None
+    is_filler: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """What a model is called with."""
@@ -97,34 +100,58 @@ class MicroBatch:
 def micro_batches(
     groups: Sequence[Group], max_tokens: int, device: torch.device, *, shares_prompts: bool = False
 ) -> list[MicroBatch]:
-    """Cut a batch into micro-batches of whole groups, of at most `max_tokens` tokens that are computed.
+    """A batch as micro-batches of whole groups; see `cuts` and `pack`."""
+    return [
+        pack(groups, cut, device, shares_prompts=shares_prompts)
+        for cut in cuts(groups, max_tokens, range(len(groups)), shares_prompts=shares_prompts)
+    ]
+
+
+def cuts(
+    groups: Sequence[Group], max_tokens: int, wanted: Iterable[int], *, shares_prompts: bool = False
+) -> list[list[int]]:
+    """Which groups go together, so that a micro-batch has at most `max_tokens` tokens that are computed.
 
     These include padding, or with `shares_prompts` each prompt once and no padding.
 
     Groups are sorted by length, so little is padding. A single group over the budget is a
     micro-batch of its own: its rows must be scored together. A group without branches is in none.
+
+    Args:
+        groups: the whole batch.
+        max_tokens: the budget.
+        wanted: indices of the groups to take.
+        shares_prompts: whether a prompt is computed once a group.
     """
-    first_rows = _first_rows(groups)
-    measures = [_measure(group) for group in groups]
-    cuts: list[list[int]] = []
+    measures = {index: _measure(groups[index]) for index in wanted if groups[index].branches}
+    found: list[list[int]] = []
     size = _NOTHING
-    for index in sorted(range(len(groups)), key=lambda index: measures[index].order):
-        if not groups[index].branches:
-            continue
+    for index in sorted(measures, key=lambda index: measures[index].order):
         joined = size.joined_by(measures[index])
-        if cuts and (joined.sequence_tokens if shares_prompts else joined.padded_tokens) <= max_tokens:
-            cuts[-1].append(index)
+        if found and (joined.sequence_tokens if shares_prompts else joined.padded_tokens) <= max_tokens:
+            found[-1].append(index)
             size = joined
         else:
-            cuts.append([index])
+            found.append([index])
             size = measures[index]
-    batches = [_pack(groups, indices, first_rows, device) for indices in cuts]
+    return found
+
+
+def pack(
+    groups: Sequence[Group], indices: Sequence[int], device: torch.device, *, shares_prompts: bool = False
+) -> MicroBatch:
+    """The micro-batch of some groups of a batch."""
+    batch = _padded(groups, indices, device)
     if not shares_prompts:
-        return batches
-    return [
-        replace(batch, shared=_sequence([groups[index] for index in indices], device))
-        for batch, indices in zip(batches, cuts, strict=True)
-    ]
+        return batch
+    return replace(batch, shared=_sequence([groups[index] for index in indices], device))
+
+
+def filler(device: torch.device, *, shares_prompts: bool = False) -> MicroBatch:
+    """The smallest micro-batch, for a process that has to be in a pass and has nothing left to do in it."""
+    token = Branch((0,), finished=False, text="")
+    batch = pack([Group("", (0,), teachers=(token,))], [0], device, shares_prompts=shares_prompts)
+    return replace(batch, is_filler=True)
 
 
 def num_rows(groups: Sequence[Group]) -> int:
@@ -137,12 +164,9 @@ def num_response_tokens(groups: Sequence[Group]) -> int:
     return sum(len(branch.tokens) for group in groups for branch in group.branches)
 
 
-def _first_rows(groups: Sequence[Group]) -> list[int]:
-    starts, row = [], 0
-    for group in groups:
-        starts.append(row)
-        row += len(group.branches)
-    return starts
+def num_tokens(group: Group) -> int:
+    """Tokens of a group, its prompt counted once."""
+    return _measure(group).sequence_tokens
 
 
 @dataclass(frozen=True)
@@ -190,9 +214,8 @@ def _sequence(groups: Sequence[Group], device: torch.device) -> SharedPrompts:
     )
 
 
-def _pack(
-    groups: Sequence[Group], indices: Sequence[int], first_rows: Sequence[int], device: torch.device
-) -> MicroBatch:
+def _padded(groups: Sequence[Group], indices: Sequence[int], device: torch.device) -> MicroBatch:
+    first_rows = [0, *accumulate(len(group.branches) for group in groups)]
     members = [
         (index, place, branch) for index in indices for place, branch in enumerate(groups[index].branches)
     ]

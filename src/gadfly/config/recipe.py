@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from gadfly.config.api import JudgeConfig, TeacherConfig
+from gadfly.config.sampling import SamplingConfig
 from gadfly.config.section import Count, Files, Name, PositiveRate, Schedule, Section, Steps, Text
 
 TRAINING_STAGES = ("seqkd", "seqkd-equal-time", "discriminator-lm", "warmup", "gad")
@@ -88,25 +89,6 @@ class DiscriminatorConfig(Optimizer):
     """Learning rate of those steps, on the schedule of the warmup stage."""
     lm_batch_prompts: Count = 64
     """Prompts in a batch of those steps."""
-
-
-class SamplingConfig(Section):
-    """How the student's responses are drawn, and what fits into a prompt and a response."""
-
-    temperature: Annotated[float, Field(ge=0.01)] = 0.8
-    """Of the samples trained on. Log-probabilities are those of the distribution at this temperature."""
-    max_prompt_tokens: Count = 2048
-    """A longer prompt is dropped and counted, never cut."""
-    max_response_tokens: Count = 1536
-    """Cap of samples and of teacher responses; what is cut counts as unfinished."""
-    max_parallel_responses: Count = 256
-    """Responses decoded at once: speed and memory, and the samples only by rounding."""
-    backend: Literal["auto", "local", "vllm"] = "auto"
-    """What samples: `local`, plain PyTorch with the student's own weights in memory; or `vllm`, an engine
-    of its own beside them, which needs `pip install 'gadfly[vllm]'`. Both draw from the same distribution,
-    with random numbers of their own; only with `local` is a run that was stopped and gone on with the same
-    byte for byte. `auto`: `vllm` where it is installed and knows the model, on a GPU; `local` on a CPU, where
-    starting it takes longer than many a small run samples, and for LoRA students."""
 
 
 class Training(Section):
@@ -201,6 +183,8 @@ class CheckpointsConfig(Section):
     """Newest checkpoints kept."""
     keep_best: bool = True
     """Also keep the checkpoint with the best held-out ROUGE-L: a diagnostic, not a verdict on quality."""
+    in_background: bool = False
+    """Write checkpoints while training goes on, from a copy in memory: weights and optimisers once more."""
     best_by: Literal["rouge_l", "score", "tell"] = "rouge_l"
     """How `gad/best` is chosen. `score` and `tell` judge answers to the held-out prompts by every checkpoint
     that is kept (so keep more with `keep_last`): the highest score, or the hardest to tell."""
@@ -218,6 +202,11 @@ class EngineConfig(Section):
     (`detail/sampler_gap_nats`)."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: torch's own choice. Tiny models run best on one or two."""
+    activation_checkpointing: bool = False
+    """Keep no activations inside a layer for the backward pass, but compute them again there: a third more
+    work, for memory that hardly grows with the number of layers."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """Of several processes: how long one may keep the others waiting before the run ends, naming it."""
 
 
 class TrackersConfig(Section):
@@ -279,10 +268,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _vllm_takes_no_adapters(self) -> "Recipe":
-        if self.student.lora_rank > 0 and self.sampling.backend == "vllm":
+        asked = "servers" if self.sampling.servers else 'backend = "vllm"'
+        if self.student.lora_rank > 0 and (self.sampling.servers or self.sampling.backend == "vllm"):
             raise ValueError(
-                f'sampling.backend = "vllm": vLLM is given whole weights, and student.lora_rank = '
-                f'{self.student.lora_rank} trains adapters; set sampling.backend = "local"'
+                f"sampling.{asked}: vLLM is given whole weights, and student.lora_rank = "
+                f'{self.student.lora_rank} trains adapters; set sampling.backend = "local", without servers'
             )
         return self
 

@@ -1,7 +1,22 @@
 """Own inference weights: `sample` responses, `update` after each step of the student."""
 
+from gadfly.samplers.canary import Canary, StudentLogprobs
+from gadfly.samplers.dealt import DealtSampler
 from gadfly.samplers.local import LocalSampler
 from gadfly.samplers.sampler import Request, Sample, Sampler, requests_for
 from gadfly.samplers.vllm import VllmSampler, suits_vllm
+from gadfly.samplers.vllm_servers import VllmServers
 
-__all__ = ["LocalSampler", "Request", "Sample", "Sampler", "VllmSampler", "requests_for", "suits_vllm"]
+__all__ = [
+    "Canary",
+    "DealtSampler",
+    "LocalSampler",
+    "Request",
+    "Sample",
+    "Sampler",
+    "StudentLogprobs",
+    "VllmSampler",
+    "VllmServers",
+    "requests_for",
+    "suits_vllm",
+]

@@ -9,8 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gadfly.logprobs import log_distribution
+from gadfly.samplers.canary import Canary, canary_text
 from gadfly.samplers.decoding import open_decoder
 from gadfly.samplers.sampler import Request, Sample
+
+_CANARY_TOKENS = 32
 
 
 class LocalSampler:
@@ -22,20 +25,44 @@ class LocalSampler:
         end_ids: every token that ends a response.
         max_parallel_responses: responses decoded at once, though a request is never split; changes
             speed and memory, not the samples.
+        canary: for a model of its own, whose weights are to be checked after every update.
     """
 
-    def __init__(self, model: PreTrainedModel, end_ids: frozenset[int], *, max_parallel_responses: int = 256):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        end_ids: frozenset[int],
+        *,
+        max_parallel_responses: int = 256,
+        canary: Canary | None = None,
+    ):
         self._model = model
+        self._canary = canary
         self._end_ids = torch.tensor(sorted(end_ids), device=model.device)
         self._max_parallel_responses = max_parallel_responses
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy the student's weights, except those that are the same tensors already."""
+        """Copy the student's weights, except those that are the same tensors already.
+
+        Raises:
+            AlarmError: the model computes other log-probabilities than the student afterwards.
+        """
         own = dict(self._model.named_parameters())
         with torch.no_grad():
             for name, value in weights:
                 if own[name].data_ptr() != value.data_ptr():
                     own[name].copy_(value)
+        if self._canary is not None:
+            text = canary_text(self._model.config.get_text_config().vocab_size, _CANARY_TOKENS)
+            self._canary.check("the inference copy", text, self._logprobs(text))
+
+    @torch.inference_mode()
+    def _logprobs(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probability of each token after the first, at temperature 1."""
+        ids = torch.tensor(tokens, device=self._model.device)
+        logits = self._model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        values: list[float] = log_distribution(logits, 1.0).gather(-1, ids[1:, None]).squeeze(-1).tolist()
+        return values
 
     def sample(
         self, requests: Sequence[Request], *, temperature: float, max_response_tokens: int

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gadfly.errors import AlarmError, UserError
-from gadfly.logprobs import log_distribution
+from gadfly.errors import UserError
+from gadfly.samplers.canary import Canary, canary_text
 from gadfly.samplers.sampler import Request, Sample
 
-# What two correct implementations may differ by through rounding, in nats on half of the tokens; these are
-# also the types of weights that vLLM and gadfly have in common.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+# Types of weights that vLLM and gadfly have in common.
+_DTYPES = (torch.float32, torch.bfloat16)
 _CANARY_PROMPT, _CANARY_ANSWER = 8, 24
 
 # Of the memory, for keys and values at most: the rest is the trainer's. With less of it fewer responses are
@@ -41,7 +40,7 @@ def suits_vllm(model: PreTrainedModel) -> bool:
     not: starting vLLM takes half a minute, longer than many a small run samples, and only the local
     sampler goes on byte for byte where it was stopped.
     """
-    if not _is_installed() or model.device.type != "cuda" or model.dtype not in _TOLERANCE:
+    if not _is_installed() or model.device.type != "cuda" or model.dtype not in _DTYPES:
         return False
     known = _vllm().ModelRegistry.get_supported_archs()
     return any(name in known for name in model.config.architectures or ())
@@ -50,14 +49,13 @@ def suits_vllm(model: PreTrainedModel) -> bool:
 class VllmSampler:
     """Samples with vLLM, each prompt computed once through its prefix cache.
 
-    After every update a canary recomputes log-probabilities of a fixed text in vLLM and in the student and
-    compares them. It sees weights that were left behind once what they miss is above rounding: at the
-    paper's learning rates that is some steps.
+    A canary compares it with the student at first and after every update.
 
     Args:
         source: the folder or Hugging Face name the student was opened from.
-        model: the student itself, for the canary.
+        model: the student itself, for its sizes.
         end_ids: every token that ends a response.
+        canary: asks the student.
         max_tokens: of a prompt and its response together; more than the model has positions is no use.
         max_parallel_responses: responses decoded at once, at most.
 
@@ -71,6 +69,7 @@ class VllmSampler:
         source: str,
         model: PreTrainedModel,
         end_ids: frozenset[int],
+        canary: Canary,
         *,
         max_tokens: int,
         max_parallel_responses: int = 256,
@@ -80,21 +79,19 @@ class VllmSampler:
                 "sampling.backend = \"vllm\": vLLM is not installed; pip install 'gadfly[vllm]', "
                 'or set sampling.backend = "local"'
             )
-        if model.dtype not in _TOLERANCE:
+        if model.dtype not in _DTYPES:
             raise UserError(
                 f'sampling.backend = "vllm": vLLM has no weights of type {_name(model.dtype)}; set '
-                f'student.dtype to one of {", ".join(map(_name, _TOLERANCE))}, or sampling.backend = "local"'
+                f'student.dtype to one of {", ".join(map(_name, _DTYPES))}, or sampling.backend = "local"'
             )
-        self._student = model
+        self._canary, self._device = canary, model.device
         self._end_ids = sorted(end_ids)
         self._engine = _open_engine(source, model, max_tokens, max_parallel_responses)
-        vocabulary = model.config.get_text_config().vocab_size
-        # Far from each other, so that they touch embeddings all over the vocabulary.
-        start = tuple((1 + 7919 * place) % vocabulary for place in range(_CANARY_PROMPT))
+        start = canary_text(model.config.get_text_config().vocab_size, _CANARY_PROMPT)
         request = Request(start, 1, "canary")
         ((answer,),) = self.sample([request], temperature=0.0, max_response_tokens=_CANARY_ANSWER)
         # What the student itself would say: in half precision, unlikely tokens are mostly rounding.
-        self._canary = [*start, *answer.tokens]
+        self._text = [*start, *answer.tokens]
         self._compare()
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -104,7 +101,7 @@ class VllmSampler:
             AlarmError: vLLM computes other log-probabilities than the student afterwards.
         """
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        if self._student.device.type == "cpu":
+        if self._device.type == "cpu":
             self._engine.apply_model(_repack_head)
         was_reset = self._engine.reset_prefix_cache()
         assert was_reset, "no request is under way between two calls"
@@ -137,25 +134,12 @@ class VllmSampler:
     def _compare(self) -> None:
         """The canary: the same text in vLLM and in the student."""
         parameters = _vllm().SamplingParams(prompt_logprobs=0, max_tokens=1, detokenize=False)
-        (output,) = self._engine.generate({"prompt_token_ids": self._canary}, parameters, use_tqdm=False)
+        (output,) = self._engine.generate({"prompt_token_ids": self._text}, parameters, use_tqdm=False)
         # The first token follows nothing.
-        following = self._canary[1:]
+        following = self._text[1:]
         places = zip(output.prompt_logprobs[1:], following, strict=True)
-        theirs = torch.tensor([place[token].logprob for place, token in places])
-        ids = torch.tensor(self._canary, device=self._student.device)
-        with torch.no_grad():
-            logits = self._student(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        ours = log_distribution(logits, 1.0).gather(-1, ids[1:, None]).squeeze(-1)
-        gap = float((ours.cpu() - theirs).abs().median())
-        tolerance = _TOLERANCE[self._student.dtype]
-        # Not `>`: no number is no agreement either.
-        if not gap <= tolerance:
-            raise AlarmError(
-                f"vLLM {_vllm().__version__} gives the tokens of a fixed text log-probabilities that are "
-                f"{gap:.3g} nats from the student's (the median), more than the {tolerance:g} of rounding: "
-                f"it does not have the student's weights, or computes another model; "
-                f'set sampling.backend = "local", or try another version of vLLM'
-            )
+        theirs = [place[token].logprob for place, token in places]
+        self._canary.check(f"vLLM {_vllm().__version__}", self._text, theirs)
 
 
 def _is_installed() -> bool:

@@ -85,17 +85,22 @@ class Adversaries:
             total_steps=total_steps,
             training=training,
             engines={"student": self.student.engine, "discriminator": self.discriminator.engine},
-            write_models=self._write_models,
+            snapshot=self._snapshot,
             evaluate=self._evaluation(),
             resumed_from=self.resumed_from,
         ) as loop:
             yield loop
 
-    def _write_models(self, folder: Path) -> None:
-        self.student.save(folder / "student")
+    def _snapshot(self) -> Callable[[Path], None]:
         stored = (self.valid or self.batches(1))[:_STORED_PROBES]
         probe = self.discriminator.view([example.group for example in stored], stored)
-        self.discriminator.save(folder / "discriminator", probe)
+        write_student, write_discriminator = self.student.snapshot(), self.discriminator.snapshot(probe)
+
+        def write(folder: Path) -> None:
+            write_student(folder / "student")
+            write_discriminator(folder / "discriminator")
+
+        return write
 
     def _evaluation(self) -> Callable[[], tuple[Metrics, list[dict[str, Any]]]] | None:
         if not self.valid:
@@ -109,6 +114,7 @@ class Adversaries:
             temperature=recipe.sampling.temperature,
             max_response_tokens=recipe.sampling.max_response_tokens,
             seed=recipe.seed,
+            processes=self.run.processes,
             is_resumed=self.resumed_from is not None,
         )
         return Evaluation(
@@ -138,17 +144,17 @@ def open_adversaries(
         discriminator_base: what to put a new head on where there is no stage before (default: the recipe's).
     """
     recipe = run.recipe
-    resumed = latest_checkpoint(run.folder.stage(stage))
+    resumed = latest_checkpoint(run.folder.stage(stage), run.processes)
     origin = resumed or start
     source = origin.path / "student" if origin else recipe.student.model
     shared = open_shared_base(recipe)
-    student = open_student(recipe, source, temperature=temperature, shared=shared)
+    student = open_student(run, source, temperature=temperature, shared=shared)
     saved = origin.path / "discriminator" if origin else None
     base = discriminator_base or recipe.discriminator.model or recipe.student.model
-    discriminator = open_discriminator(recipe, saved, base, shared)
+    discriminator = open_discriminator(run, saved, base, shared, student)
     if resumed:
-        restore_optimizer(student.engine, resumed, "student")
-        restore_optimizer(discriminator.engine, resumed, "discriminator")
+        restore_optimizer(run, student.engine, resumed, "student")
+        restore_optimizer(run, discriminator.engine, resumed, "discriminator")
     examples, valid = training_examples(run, student.model, student.renderer)
     check_context(discriminator.model.backbone, examples, recipe.sampling.max_response_tokens)
     batches = Batches(examples, training.batch_prompts, recipe.seed, stage)

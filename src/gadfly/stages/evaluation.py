@@ -8,6 +8,7 @@ from typing import Any
 
 from gadfly.errors import RunFolderError
 from gadfly.groups import Branch, Group
+from gadfly.processes import Processes
 from gadfly.run_folder import write_text
 from gadfly.stages.diagnostics import Metrics, discriminator_metrics
 from gadfly.stages.examples import Example
@@ -85,10 +86,12 @@ def frozen_probe(
     temperature: float,
     max_response_tokens: int,
     seed: int,
+    processes: Processes,
     is_resumed: bool,
 ) -> list[Group]:
     """The probe of a stage: sampled at its start, kept in `file`, and read from there at a resume."""
-    if not file.exists() and not is_resumed:
+    is_there = processes.once("the probe", file.exists)
+    if not is_there and not is_resumed:
         groups, _ = sample_groups(
             student.sampler,
             student.renderer,
@@ -100,11 +103,16 @@ def frozen_probe(
             purpose="probe",
         )
         rows = [json.dumps([asdict(branch) for branch in group.students]) for group in groups]
-        write_text(file, "".join(row + "\n" for row in rows))
+        processes.once("the probe", lambda: write_text(file, "".join(row + "\n" for row in rows)))
+    groups = processes.once("the probe", lambda: _read_probe(file, examples))
+    return discriminator.view(groups, list(examples))
+
+
+def _read_probe(file: Path, examples: Sequence[Example]) -> list[Group]:
     try:
         with open(file, encoding="utf-8", newline="\n") as lines:
             stored = [tuple(_branch(branch) for branch in json.loads(line)) for line in lines]
-        groups = [
+        return [
             replace(example.group, students=students)
             for example, students in zip(examples, stored, strict=True)
         ]
@@ -113,7 +121,6 @@ def frozen_probe(
             f"{file}: damaged ({damage}); it holds samples from the start of the stage, which cannot be made "
             f"again: restore it, or delete {file.parent} to do the stage again"
         ) from damage
-    return discriminator.view(groups, list(examples))
 
 
 def _branch(stored: dict[str, Any]) -> Branch:

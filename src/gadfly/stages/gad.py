@@ -41,9 +41,10 @@ from gadfly.stages.run import Run
 def gad(run: Run) -> None:
     """Train student and discriminator against each other, from warmup's end."""
     recipe, settings = run.recipe, run.recipe.gad
-    start = _start(run)
+    start = run.processes.once("the start of gad", lambda: _start(run.alone()))
     left = run.folder.begin("gad", {**run.stage_settings("discriminator", "gad"), "start": start.digest})
-    if not (_go_back(run) or left):
+    went_back = run.processes.once("gad.start_from", lambda: _go_back(run.alone()))
+    if not (went_back or left):
         return
     players = open_adversaries(
         run,
@@ -56,10 +57,11 @@ def gad(run: Run) -> None:
     reference = None
     if settings.kl_coefficient > 0:
         reference = open_reference(
-            recipe,
+            run,
             start.path / "student",
             temperature=recipe.sampling.temperature,
             shared=players.shared,
+            student=student,
         )
     total = players.batches.total_steps(settings.epochs, settings.max_steps)
     discriminator_rate = settings.discriminator_learning_rate or recipe.discriminator.learning_rate

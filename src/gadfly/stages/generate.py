@@ -12,7 +12,7 @@ from gadfly.errors import CheckpointError, ConfigError
 from gadfly.model_identity import model_identity
 from gadfly.records import Generation, generations_file
 from gadfly.stages.examples import Example, check_context, tokenise
-from gadfly.stages.roles import StudentRole, open_student
+from gadfly.stages.roles import Writer, open_writer
 from gadfly.stages.rollout import sample_groups
 from gadfly.stages.run import Run
 from gadfly.statistics import Figure, mean, share
@@ -50,14 +50,14 @@ def generate(run: Run) -> None:
     ]
     if twice := sorted({file for file in files if files.count(file) > 1}):
         raise ConfigError(f"data.test: two sets would be written to generations/{twice[0]}.jsonl; rename one")
-    for model in _models(run):
+    for model in run.processes.once("checkpoints", lambda: _models(run.alone())):
         student = None
         for name, data in sets.items():
             for temperature in run.recipe.generate.temperatures:
                 file = generations_file(name, temperature)
                 if not _forget_stale(run, file, model, data, temperature) and _has_figures(run, file, model):
                     continue
-                student = student or open_student(run.recipe, model.source, temperature=1.0)
+                student = student or open_writer(run, model.source)
                 examples = tokenise(run, f"test.{name}", data.rows, student.renderer)
                 _sample_missing(run, file, model, student, examples, temperature)
                 _write_figures(run, file, model, student, examples)
@@ -73,12 +73,12 @@ def generate_held_out(run: Run, names: Sequence[str], file: str) -> None:
         CheckpointError: there is no such checkpoint.
     """
     rows, num_prompts = run.data.valid, run.recipe.evaluation.prompts
-    for model in (_find(run, name) for name in names):
+    for model in run.processes.once("checkpoints", lambda: [_find(run.alone(), name) for name in names]):
         _forget_stale(run, file, model, Dataset(rows), 0.0)
         written = [row for row in run.folder.rows(f"generations/{file}.jsonl") if row["model"] == model.name]
         if len(written) == min(num_prompts, len(rows)):
             continue
-        student = open_student(run.recipe, model.source, temperature=1.0)
+        student = open_writer(run, model.source)
         examples = tokenise(run, "valid", rows, student.renderer)[:num_prompts]
         _sample_missing(run, file, model, student, examples, 0.0)
 
@@ -157,7 +157,7 @@ def _sample_missing(
     run: Run,
     file: str,
     model: Model,
-    student: StudentRole,
+    student: Writer,
     examples: Sequence[Example],
     temperature: float,
 ) -> None:
@@ -206,9 +206,7 @@ def _sample_missing(
         )
 
 
-def _write_figures(
-    run: Run, file: str, model: Model, student: StudentRole, examples: Sequence[Example]
-) -> None:
+def _write_figures(run: Run, file: str, model: Model, student: Writer, examples: Sequence[Example]) -> None:
     rows = {
         row["id"]: row
         for row in run.folder.rows(f"generations/{file}.jsonl")
@@ -233,7 +231,7 @@ def _write_figures(
     )
 
 
-def _write_teacher_figures(run: Run, file: str, student: StudentRole, examples: Sequence[Example]) -> None:
+def _write_teacher_figures(run: Run, file: str, student: Writer, examples: Sequence[Example]) -> None:
     """What can be said of the teacher's own responses, in the student's tokens: the row to hold others to."""
     told = [example.row.responses[0] for example in examples if example.row.responses]
     if not told:

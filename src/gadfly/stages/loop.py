@@ -12,7 +12,7 @@ dropped, since it will write the same ones again.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,12 @@ from gadfly.checkpoint import (
     point,
     prune_checkpoints,
     remove_unfinished,
-    save_checkpoint,
-    save_tensors,
 )
 from gadfly.config import Training
-from gadfly.discriminator import Scores
-from gadfly.engine import Engine
 from gadfly.errors import AlarmError
-from gadfly.logprobs import Logprobs
 from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.run import Run
+from gadfly.stages.saving import CheckpointWriter, Engines
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +51,8 @@ class TrainingLoop:
         stage: str,
         total_steps: int,
         training: Training,
-        engines: Mapping[str, Engine[Logprobs] | Engine[Scores]],
-        write_models: Callable[[Path], None],
+        engines: Engines,
+        snapshot: Callable[[], Callable[[Path], None]],
         evaluate: Callable[[], tuple[Metrics, list[dict[str, Any]]]] | None,
         resumed_from: Checkpoint | None,
     ):
@@ -68,7 +64,13 @@ class TrainingLoop:
         self._folder = run.folder.stage(stage)
         self._training = training
         self._engines = engines
-        self._write_models = write_models
+        self._writer = CheckpointWriter(
+            self._folder,
+            engines,
+            snapshot,
+            run.processes,
+            in_background=run.recipe.checkpoints.in_background,
+        )
         self._evaluate = evaluate
         facts = resumed_from.facts if resumed_from else {}
         self._best: list[float] | None = facts.get("best")
@@ -76,6 +78,10 @@ class TrainingLoop:
         self._started = self._marked = time.perf_counter()
         self._first_step = self.step
         self._times: Metrics = {}
+
+    @property
+    def _best_step(self) -> int | None:
+        return int(self._best[0]) if self._best else None
 
     @property
     def seconds(self) -> float:
@@ -88,6 +94,7 @@ class TrainingLoop:
             self._evaluate_now()
         for step in range(self.step + 1, self.total_steps + 1):
             self.step = step
+            self._run.processes.place = f"{self._stage} step {step}"
             self._marked = time.perf_counter()
             yield step
             is_last = step == self.total_steps
@@ -151,26 +158,36 @@ class TrainingLoop:
     def _save(self, score: float | None) -> None:
         if score is not None and (self._best is None or score > self._best[1]):
             self._best = [self.step, score]
-        tensors = {role: engine.optimizer_state() for role, engine in self._engines.items()}
-        held = [value for state in tensors.values() for value in state.values()]
+        states = [engine.optimizer_state().values() for engine in self._engines.values()]
+        held = [value for state in states for value in state]
         # Weights and two moments of each model, and as much again for what else the write needs.
         self._run.folder.check_free_space(2 * sum(value.numel() * value.element_size() for value in held))
+        step, best_step = self.step, self._best_step
 
-        def write(folder: Path) -> None:
-            self._write_models(folder)
-            (folder / "trainer").mkdir()
-            for role, state in tensors.items():
-                save_tensors(state, folder / "trainer" / role)
+        def then() -> None:
+            self.last_saved = step
+            if self._run.processes.rank == 0:
+                self._tidy(best_step)
 
-        facts = {"best": self._best, "seconds": self.seconds}
-        save_checkpoint(self._folder, self.step, write, facts)
-        self.last_saved = self.step
-        self.tidy()
+        self._writer.save(step, {"best": self._best, "seconds": self.seconds}, then)
+
+    def finish(self) -> None:
+        """Let the last checkpoint come to its end."""
+        self._writer.wait()
 
     def tidy(self) -> None:
+        """Delete what a killed start left behind, and put the links right."""
+
+        def clean() -> None:
+            remove_unfinished(self._folder)
+            self._tidy(self._best_step)
+
+        self._run.processes.once("checkpoints", clean)
+
+    def _tidy(self, best: int | None) -> None:
         """Point `best` at the best checkpoint and delete those that are neither new nor best."""
         checkpoints = self._run.recipe.checkpoints
-        best_step = int(self._best[0]) if self._best and checkpoints.keep_best else None
+        best_step = best if checkpoints.keep_best else None
         # It may be gone: deleted by hand, or pruned before the stage went back.
         if best_step in checkpoint_steps(self._folder):
             point(self._folder / "best", self._folder / f"step-{best_step:06d}")
@@ -195,8 +212,8 @@ def training_loop(
     *,
     total_steps: int,
     training: Training,
-    engines: Mapping[str, Engine[Logprobs] | Engine[Scores]],
-    write_models: Callable[[Path], None],
+    engines: Engines,
+    snapshot: Callable[[], Callable[[Path], None]],
     evaluate: Callable[[], tuple[Metrics, list[dict[str, Any]]]] | None,
     resumed_from: Checkpoint | None,
 ) -> Iterator[TrainingLoop]:
@@ -208,7 +225,7 @@ def training_loop(
         total_steps: steps in all, those before a resume included.
         training: how often to save and evaluate.
         engines: by role, whose optimisers go into the checkpoints.
-        write_models: fills a checkpoint folder with the models.
+        snapshot: the models as they are now, as a function that fills a checkpoint folder with them.
         evaluate: metrics and sample rows on held-out prompts; None without held-out prompts.
         resumed_from: where an earlier start got to.
 
@@ -216,15 +233,15 @@ def training_loop(
         AlarmError: if a step's loss or gradient is not finite, with the step and the last good
             checkpoint.
     """
-    loop = TrainingLoop(run, stage, total_steps, training, engines, write_models, evaluate, resumed_from)
+    loop = TrainingLoop(run, stage, total_steps, training, engines, snapshot, evaluate, resumed_from)
     # A kill may have come amid a save, or between a save and what follows it.
-    remove_unfinished(run.folder.stage(stage))
     loop.tidy()
     loop.forget_later_rows()
     if resumed_from:
         logger.info("%s: going on after step %d of %d", stage, resumed_from.step, total_steps)
     try:
         yield loop
+        loop.finish()
     except AlarmError as alarm:
         saved = "none yet" if loop.last_saved is None else f"step {loop.last_saved}"
         raise AlarmError(

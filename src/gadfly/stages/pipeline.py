@@ -23,11 +23,17 @@ STAGES = {
 """Module and function of every stage."""
 
 
+_BY_THE_FIRST = ("collect", "best", "judge", "report")
+"""Stages that one process does, however many there are."""
+
+
 def stage(name: str) -> Callable[[Run], None]:
     """The function of a stage. Its module is loaded now: not every stage needs torch."""
     module, function = STAGES[name].split(":")
     found: Callable[[Run], None] = getattr(import_module(module), function)
-    return found
+    if name not in _BY_THE_FIRST:
+        return found
+    return lambda run: run.processes.once(name, lambda: found(run.alone()), is_patient=True)
 
 
 def run_stages(run: Run) -> None:
@@ -39,6 +45,7 @@ def run_stages(run: Run) -> None:
         if reason := _not_configured(run, name):
             logger.info("%s: skipped, %s", name, reason)
         else:
+            run.processes.place = name
             stage(name)(run)
 
 

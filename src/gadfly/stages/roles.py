@@ -1,10 +1,13 @@
 """Student, discriminator and reference, opened for a stage: from the base models or from a checkpoint."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gadfly.chat_template import Renderer
@@ -18,7 +21,7 @@ from gadfly.discriminator import (
     read_scores,
     save_discriminator,
 )
-from gadfly.engine import Engine, Precision, faster_precision
+from gadfly.engine import Engine, Precision, faster_precision, frozen_weights
 from gadfly.groups import Group, reread
 from gadfly.logprobs import LogprobReader, Logprobs, has_plain_head
 from gadfly.lora import SharedBase
@@ -27,25 +30,33 @@ from gadfly.models import (
     load_language_model,
     save_language_model,
 )
-from gadfly.run_folder import RunFolder
-from gadfly.samplers import LocalSampler, Sampler, VllmSampler, suits_vllm
+from gadfly.samplers import Sampler
 from gadfly.stages.examples import Example
+from gadfly.stages.run import Run
+from gadfly.stages.sampler_choice import open_sampler
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class StudentRole:
-    """The model that learns, with its sampler."""
+class Writer:
+    """A student that writes and does not learn."""
 
     model: PreTrainedModel
     renderer: Renderer
-    engine: Engine[Logprobs]
     sampler: Sampler
 
-    def save(self, folder: Path) -> None:
-        """Write the student as a Hugging Face folder."""
-        save_language_model(self.model, self.renderer.tokenizer, folder)
+
+@dataclass(frozen=True)
+class StudentRole(Writer):
+    """The model that learns, with its sampler."""
+
+    engine: Engine[Logprobs]
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """The student as it is now: what writes it as a folder, later and in the first process."""
+        state = self.engine.whole_state()
+        return lambda folder: save_language_model(self.model, self.renderer.tokenizer, folder, state)
 
 
 @dataclass(frozen=True)
@@ -63,9 +74,15 @@ class DiscriminatorRole:
             reread(groups, [example.row for example in batch], self.renderer) if self.reads_text else groups
         )
 
-    def save(self, folder: Path, probe: list[Group]) -> None:
-        """Write the discriminator as a Hugging Face folder; `probe` is what its loader will re-score."""
-        save_discriminator(self.model, self.renderer, folder, probe)
+    def snapshot(self, probe: list[Group]) -> Callable[[Path], None]:
+        """The discriminator as it is now, as for a student; `probe` is what its loader will re-score."""
+        told = [group.only_teachers() for group in probe]
+        scores = self.engine.forward(told)
+        state = self.engine.whole_state()
+        scored_in = "bfloat16" if self.engine.precision == "bfloat16" else None
+        return lambda folder: save_discriminator(
+            self.model, self.renderer, folder, told, state=state, scores=scores, scored_in=scored_in
+        )
 
 
 def open_shared_base(recipe: Recipe) -> SharedBase | None:
@@ -79,7 +96,7 @@ def open_shared_base(recipe: Recipe) -> SharedBase | None:
 
 
 def open_student(
-    recipe: Recipe,
+    run: Run,
     source: str | Path,
     *,
     temperature: float,
@@ -89,101 +106,137 @@ def open_student(
     """The student from a model name or a folder.
 
     Args:
-        recipe: for types, sizes and the optimiser.
+        run: for types, sizes and the optimiser, and who works on it.
         source: what to open.
         temperature: at which its log-probabilities are read.
         optimizer: AdamW's settings, `recipe.student` by default.
         shared: what it is an adapter of; without it, all its weights are its own.
     """
-    if recipe.engine.num_threads is not None:
-        torch.set_num_threads(recipe.engine.num_threads)
-    model, renderer = _language_model(recipe, source, shared)
-    engine = _reading_engine(recipe, model, temperature, optimizer or recipe.student)
-    return StudentRole(model, renderer, engine, open_sampler(recipe, source, model, renderer))
+    _set_threads(run.recipe)
+    model, renderer = _language_model(run, source, shared, device=_device_of_shards(run))
+    engine = _reading_engine(run, model, temperature, optimizer or run.recipe.student)
+
+    def inference_copy() -> PreTrainedModel:
+        # One unsharded process: the sampler may share the student's tensors, and its update costs nothing.
+        return model if run.processes.size == 1 else _language_model(run, source, shared)[0]
+
+    sampler = open_sampler(run, str(source), engine, renderer, inference_copy, is_half=_is_half(run))
+    if run.recipe.sampling.servers:
+        # Whatever weights they were started with.
+        sampler.update(engine.weights())
+    return StudentRole(model, renderer, sampler, engine)
 
 
-def open_sampler(recipe: Recipe, source: str | Path, model: PreTrainedModel, renderer: Renderer) -> Sampler:
-    """What `sampling.backend` says, to sample from a student that was opened from `source`."""
-    sampling = recipe.sampling
-    is_whole = recipe.student.lora_rank == 0
-    if sampling.backend == "vllm" or (sampling.backend == "auto" and is_whole and suits_vllm(model)):
-        cap = max(sampling.max_response_tokens, recipe.generate.max_response_tokens or 0)
-        return VllmSampler(
-            str(source),
-            model,
-            renderer.end_ids,
-            max_tokens=sampling.max_prompt_tokens + cap,
-            max_parallel_responses=sampling.max_parallel_responses,
-        )
-    # One unsharded process: the sampler may share the student's tensors, and its update costs
-    # nothing.
-    return LocalSampler(model, renderer.end_ids, max_parallel_responses=sampling.max_parallel_responses)
+def open_writer(run: Run, source: str | Path) -> Writer:
+    """A model that only answers, whole in every process."""
+    _set_threads(run.recipe)
+    model, renderer = load_language_model(str(source), run.recipe.student.dtype)
+    engine = Engine(model, LogprobReader(), micro_batch_tokens=run.recipe.engine.micro_batch_tokens)
+    is_half = run.recipe.student.dtype == "bfloat16"
+    sampler = open_sampler(run, str(source), engine, renderer, lambda: model, is_half=is_half)
+    if run.recipe.sampling.servers:
+        sampler.update((name, weight.detach()) for name, weight in model.named_parameters())
+    return Writer(model, renderer, sampler)
 
 
 def open_reference(
-    recipe: Recipe, source: str | Path, *, temperature: float, shared: SharedBase | None
+    run: Run, source: str | Path, *, temperature: float, shared: SharedBase | None, student: StudentRole
 ) -> Engine[Logprobs]:
     """The frozen student that the KL term holds on to."""
-    model, _ = _language_model(recipe, source, shared)
-    return _reading_engine(recipe, model, temperature, None)
+    model, _ = _language_model(run, source, shared, device=_device_of_shards(run))
+    frozen = frozen_weights(student.model) if shared else None
+    return _reading_engine(run, model, temperature, None, frozen)
 
 
 def open_discriminator(
-    recipe: Recipe, saved: Path | None, base: str | Path, shared: SharedBase | None
+    run: Run, saved: Path | None, base: str | Path, shared: SharedBase | None, student: StudentRole
 ) -> DiscriminatorRole:
     """The discriminator: a saved one, or `base` with a new head."""
+    recipe, device = run.recipe, _device_of_shards(run)
     if saved is None:
-        model, renderer = new_discriminator(str(base), recipe.student.dtype, recipe.seed, shared)
+        model, renderer = new_discriminator(str(base), recipe.student.dtype, recipe.seed, shared, device)
     else:
-        model, renderer = load_discriminator(saved, recipe.student.dtype, shared)
+        model, renderer = load_discriminator(saved, recipe.student.dtype, shared, device)
+    frozen = None
+    if shared:
+        prefix = f"{student.model.base_model_prefix}."
+        frozen = {
+            f"backbone.{name.removeprefix(prefix)}": weight
+            for name, weight in frozen_weights(student.model).items()
+            if name.startswith(prefix)
+        }
     engine = Engine(
         model,
         read_scores,
-        micro_batch_tokens=recipe.engine.micro_batch_tokens,
-        precision=precision_of(recipe),
         optimizer=recipe.discriminator,
+        shared=frozen,
+        **_means(run),
     )
     return DiscriminatorRole(model, renderer, engine, recipe.discriminator.reads == "text")
 
 
+def _is_half(run: Run) -> bool:
+    return "bfloat16" in (precision_of(run), run.recipe.student.dtype)
+
+
+def _set_threads(recipe: Recipe) -> None:
+    if recipe.engine.num_threads is not None:
+        torch.set_num_threads(recipe.engine.num_threads)
+
+
+def _device_of_shards(run: Run) -> torch.device | None:
+    """Where to open a model that is to be sharded: a GPU need not hold all of it."""
+    return torch.device("cpu") if run.processes.size > 1 else None
+
+
 def _language_model(
-    recipe: Recipe, source: str | Path, shared: SharedBase | None
+    run: Run, source: str | Path, shared: SharedBase | None, device: torch.device | None = None
 ) -> tuple[PreTrainedModel, Renderer]:
     if shared is None:
-        return load_language_model(str(source), recipe.student.dtype)
+        return load_language_model(str(source), run.recipe.student.dtype, device)
     return shared.language_model(source), shared.renderer
 
 
 def _reading_engine(
-    recipe: Recipe, model: PreTrainedModel, temperature: float, optimizer: Optimizer | None
+    run: Run,
+    model: PreTrainedModel,
+    temperature: float,
+    optimizer: Optimizer | None,
+    shared: dict[str, Tensor] | None = None,
 ) -> Engine[Logprobs]:
-    return Engine(
-        model,
-        LogprobReader(temperature, is_chunked=has_plain_head(model)),
-        micro_batch_tokens=recipe.engine.micro_batch_tokens,
-        precision=precision_of(recipe),
-        optimizer=optimizer,
-    )
+    reader = LogprobReader(temperature, is_chunked=has_plain_head(model))
+    return Engine(model, reader, optimizer=optimizer, shared=shared, **_means(run))
 
 
-def precision_of(recipe: Recipe) -> Precision:
+def _means(run: Run) -> dict[str, Any]:
+    """What every trained model's engine gets alike."""
+    settings = run.recipe.engine
+    return {
+        "micro_batch_tokens": settings.micro_batch_tokens,
+        "precision": precision_of(run),
+        "recomputes": settings.activation_checkpointing,
+        "processes": run.processes,
+    }
+
+
+def precision_of(run: Run) -> Precision:
     """The precision of the recipe; `auto` is the faster one, measured once and kept in `precision.json`.
 
     A resumed run takes what was kept, since another measurement might come out differently.
     """
-    if recipe.engine.precision != "auto":
-        return recipe.engine.precision
-    assert recipe.run_folder is not None, "load_recipe fills it in"
-    folder = RunFolder(recipe.run_folder)
-    kept = folder.read_json("precision.json")
+    if run.recipe.engine.precision != "auto":
+        return run.recipe.engine.precision
+    kept = run.folder.read_json("precision.json")
     if not kept:
-        precision, measured = faster_precision(default_device())
+        precision, measured = run.processes.once("a measurement", lambda: faster_precision(default_device()))
         kept = {"precision": precision, **measured}
-        folder.write_json("precision.json", kept)
+        run.folder.write_json("precision.json", kept)
         logger.info("engine.precision: %s is the faster one here", precision)
     return "bfloat16" if kept["precision"] == "bfloat16" else "float32"
 
 
-def restore_optimizer(engine: Engine[Logprobs] | Engine[Scores], checkpoint: Checkpoint, role: str) -> None:
+def restore_optimizer(
+    run: Run, engine: Engine[Logprobs] | Engine[Scores], checkpoint: Checkpoint, role: str
+) -> None:
     """Put the optimiser of a role back to where the checkpoint left it."""
-    load_tensors(engine.optimizer_state(), checkpoint.path / "trainer" / role)
+    load_tensors(engine.optimizer_state(), checkpoint.path / "trainer" / role, group=run.processes.group)

@@ -1,14 +1,17 @@
 """An open run: its recipe, its locked folder, its data."""
 
 import contextlib
+import hashlib
 import importlib.metadata
+import json
 import logging
 import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import gadfly
@@ -17,8 +20,10 @@ from gadfly.config import Recipe
 from gadfly.dataset import BadRow, hold_out, load_rows, normalised_prompt
 from gadfly.errors import ConfigError
 from gadfly.model_identity import model_identity
+from gadfly.processes import Processes
 from gadfly.records import Row
 from gadfly.run_folder import RunFolder, stage_settings
+from gadfly.shared_run_folder import SharedRunFolder
 from gadfly.trackers import Tracker, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -40,6 +45,7 @@ class Run:
     recipe: Recipe
     folder: RunFolder
     trackers: list[Tracker]
+    processes: Processes = field(default_factory=Processes)
     bad_as_read: dict[str, Sequence[BadRow]] = field(default_factory=dict)
 
     @cached_property
@@ -51,6 +57,11 @@ class Run:
             ConfigError: if the recipe names no training data.
             DataError: if a data set has no usable row.
         """
+        split = self.processes.together("data", self._read_data)
+        self.processes.check_same("content of the data", split.fingerprint, "give all the same files")
+        return split
+
+    def _read_data(self) -> Split:
         config = self.recipe.data
         train = (
             collected(self.recipe, self.folder)
@@ -72,6 +83,11 @@ class Run:
         if shared := sum(normalised_prompt(row.messages) in trained_on for row in valid.rows):
             logger.warning("data.valid: %d of %d prompts are in data.train too", shared, len(valid.rows))
         return Split(train.rows, valid.rows, f"{train.fingerprint[:16]}/{valid.fingerprint[:16]}")
+
+    def alone(self) -> "Run":
+        """The run for the first process by itself, inside what is done once: it waits for no other."""
+        folder = RunFolder(self.folder.path)
+        return self if self.processes.size == 1 else replace(self, folder=folder, processes=Processes())
 
     def note_bad_rows(self, name: str, too_long: Sequence[BadRow], num_kept: int) -> None:
         """List all that a set lost in `bad_rows.jsonl`, and count it by reason in the summary.
@@ -106,22 +122,33 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(recipe: Recipe) -> Iterator[Run]:
-    """Lock the run folder, note recipe and environment in it, and open the trackers."""
+def open_run(recipe: Recipe, processes: Processes | None = None) -> Iterator[Run]:
+    """Lock the run folder, note recipe and environment in it, and open the trackers.
+
+    Raises:
+        UserError: the processes do not run the same recipe by the same code.
+    """
     assert recipe.run_folder is not None, "load_recipe fills it in"
+    processes = processes or Processes()
     folder = RunFolder(recipe.run_folder)
+    if processes.size > 1:
+        folder = SharedRunFolder(folder, processes)
+        processes.check_same("recipe", _digest_of(recipe.model_dump_json()), "give all the same")
+        processes.check_same("code of gadfly", code_digest(), "install the same version everywhere")
+        versions = json.dumps(_environment()["packages"])
+        processes.check_same("packages", versions, "install the same versions everywhere")
     with folder.lock():
         folder.write_json("config.json", recipe.model_dump(mode="json"))
         folder.write_json("environment.json", _environment())
         trackers = open_trackers(
-            recipe.trackers.names,
+            recipe.trackers.names if processes.rank == 0 else [],
             project=recipe.trackers.project,
             run_name=recipe.name,
             folder=folder.path,
             config=recipe.model_dump(mode="json"),
         )
         try:
-            yield Run(recipe, folder, trackers)
+            yield Run(recipe, folder, trackers, processes)
         finally:
             for tracker in trackers:
                 tracker.close()
@@ -136,3 +163,16 @@ def _environment() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "packages": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def code_digest() -> str:
+    """A hash over the source of this installation."""
+    digest = hashlib.sha256()
+    package = Path(gadfly.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

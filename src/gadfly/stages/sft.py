@@ -3,6 +3,7 @@ discriminator's language model.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from gadfly.checkpoint import latest_checkpoint
@@ -37,7 +38,7 @@ def seqkd_equal_time(run: Run) -> None:
     stage = "seqkd-equal-time"
     if missing := [name for name in ("seqkd", "warmup", "gad") if not run.folder.is_done(name)]:
         raise CheckpointError(f"{stage}: needs the times of {', '.join(missing)}; run them first")
-    last = latest_checkpoint(run.folder.stage("gad"))
+    last = latest_checkpoint(run.folder.stage("gad"), run.processes)
     assert last is not None, "a finished stage has a checkpoint"
     if not run.folder.begin(stage, {**run.stage_settings("seqkd"), "as_long_as": last.digest}):
         return
@@ -84,19 +85,20 @@ def discriminator_lm(run: Run) -> None:
 def fine_tune(run: Run, stage: str, model: str, optimizer: Optimizer, training: Training) -> None:
     """Train a model on the teacher's responses, each back-propagated once a step."""
     recipe = run.recipe
-    resumed = latest_checkpoint(run.folder.stage(stage))
+    resumed = latest_checkpoint(run.folder.stage(stage), run.processes)
     source = resumed.path / "student" if resumed else model
     shared = open_shared_base(recipe)
-    student = open_student(recipe, source, temperature=1.0, optimizer=optimizer, shared=shared)
+    student = open_student(run, source, temperature=1.0, optimizer=optimizer, shared=shared)
     if resumed:
-        restore_optimizer(student.engine, resumed, "student")
+        restore_optimizer(run, student.engine, resumed, "student")
     examples, valid = training_examples(run, student.model, student.renderer)
     evaluation = Evaluation(valid, student, recipe.sampling.max_response_tokens) if valid else None
     batches = Batches(examples, training.batch_prompts, recipe.seed, stage)
     total = batches.total_steps(training.epochs, training.max_steps)
 
-    def write_models(folder: Path) -> None:
-        student.save(folder / "student")
+    def snapshot() -> Callable[[Path], None]:
+        write_student = student.snapshot()
+        return lambda folder: write_student(folder / "student")
 
     with training_loop(
         run,
@@ -104,7 +106,7 @@ def fine_tune(run: Run, stage: str, model: str, optimizer: Optimizer, training: 
         total_steps=total,
         training=training,
         engines={"student": student.engine},
-        write_models=write_models,
+        snapshot=snapshot,
         evaluate=evaluation,
         resumed_from=resumed,
     ) as loop:

@@ -68,7 +68,7 @@ def warmup(run: Run) -> None:
     base = None
     if recipe.discriminator.lm_steps > 0:
         discriminator_lm(run)
-        learned = latest_checkpoint(run.folder.stage("discriminator-lm"))
+        learned = latest_checkpoint(run.folder.stage("discriminator-lm"), run.processes)
         assert learned is not None, "a finished stage has a checkpoint"
         base = learned.path / "student"
     if not run.folder.begin("warmup", run.stage_settings("discriminator", "warmup")):

@@ -1,0 +1,171 @@
+"""Many processes side by side, as torchrun or Ray Train starts them: how they talk to each other.
+
+One process is a *rank*. Collectives of the models are FSDP2's (see `engine/sharding.py`); what is here is for
+everything else: Python objects, over gloo, with a time-out that says who kept whom waiting.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from gadfly.errors import GadflyError, RanksError
+from gadfly.heartbeats import Heartbeats, Status
+from gadfly.processes import Processes
+
+T = TypeVar("T")
+
+# The heartbeats end a wait long before this, and can say who is missing.
+_NETWORK_TIMEOUT = timedelta(days=1)
+_CONNECT_SECONDS = 300
+
+
+class Ranks(Processes):
+    """This process among the others; opened by `open_ranks`."""
+
+    def __init__(self, status: Status, heartbeats: Heartbeats):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._status, self._heartbeats = status, heartbeats
+        # Of its own: on GPUs the group of the models cannot carry Python objects.
+        self.group = dist.new_group(backend="gloo", timeout=_NETWORK_TIMEOUT)
+
+    @property
+    def place(self) -> str:
+        """Where the work is, as in `gad step 7`."""
+        return self._status.place
+
+    @place.setter
+    def place(self, place: str) -> None:
+        self._status.place = place
+
+    def once(self, what: str, action: Callable[[], T], *, is_patient: bool = False) -> T:
+        """Do something in the first process; every process gets its result, or its error."""
+        outcome: list[Any] = [None, None]
+        with self._status.doing(what, is_patient=is_patient):
+            if self.rank == 0:
+                try:
+                    outcome[0] = action()
+                except GadflyError as error:
+                    outcome[1] = error
+            if is_patient:
+                # A collective would run into its time-out.
+                self._heartbeats.meet(what)
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
+        result, refusal = outcome
+        if refusal is not None:
+            raise refusal
+        return result  # type: ignore[no-any-return]
+
+    def gather(self, what: str, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        values: list[Any] = [None] * self.size
+        with self._status.doing(f"the others' {what}"):
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def note(self, what: str) -> None:
+        """Say what this process is about to do."""
+        self._status.note(what)
+
+    def beside(self) -> "Ranks":
+        """The same processes for a thread that works beside the main one, with a group of its own."""
+        return Ranks(self._status.beside(), self._heartbeats)
+
+    def limit_waits(self, seconds: float) -> None:
+        """How long one rank may keep the others waiting from now on."""
+        self._heartbeats.timeout_seconds = seconds
+
+    def explained(self, failure: BaseException) -> BaseException:
+        """What to raise in place of a failure, so that one rank, and one alone, tells its cause."""
+        if isinstance(failure, SystemExit | KeyboardInterrupt) or _is_of_the_network(failure):
+            line = self._heartbeats.gone()
+            return failure if line is None else _silent_if(not line, RanksError(line))
+        is_to_tell = self._heartbeats.confess(f"{type(failure).__name__}: {failure}")
+        if not isinstance(failure, GadflyError):
+            return failure
+        named = failure if self.rank == 0 else type(failure)(f"rank {self.rank}: {failure}")
+        return _silent_if(not is_to_tell, named)
+
+
+@contextlib.contextmanager
+def open_ranks(on_stuck: Callable[[str], None]) -> Iterator[Ranks]:
+    """Join the process group that the environment describes, or that Ray Train has set up already.
+
+    Args:
+        on_stuck: called, in a thread, with one line to tell (or none) once a wait has been too long; the main
+            thread may be stuck in it, so this has to end the process.
+
+    Raises:
+        RanksError: the other processes cannot be reached, or one of them is gone.
+    """
+    is_ours = not dist.is_initialized()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        store = _store()
+        if is_ours:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(
+                backend,
+                store=PrefixStore("group", store),
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=_NETWORK_TIMEOUT,
+            )
+        heartbeats = Heartbeats(_store(), dist.get_rank(), dist.get_world_size(), status := Status())
+    except (RuntimeError, KeyError, ValueError) as failure:
+        raise RanksError(
+            f"the other processes cannot be reached ({str(failure).splitlines()[0]}); start all of them with "
+            f"torchrun, with the same rendezvous"
+        ) from failure
+    heartbeats.start(on_stuck)
+    ranks = Ranks(status, heartbeats)
+    try:
+        yield ranks
+        ranks.gather("end of the run", None)
+    except BaseException as failure:
+        explained = ranks.explained(failure)
+        if explained is failure:
+            raise
+        raise explained from failure
+    finally:
+        heartbeats.stop()
+    if is_ours:
+        dist.destroy_process_group()
+
+
+def _silent_if(another_tells: bool, error: GadflyError) -> GadflyError:
+    error.is_told = another_tells
+    return error
+
+
+def _store() -> Any:
+    """A connection of its own to the store of the launch, where ranks leave notes for each other."""
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_host = not has_agent and not dist.is_initialized() and os.environ["RANK"] == "0"
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=is_host,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=_CONNECT_SECONDS),
+    )
+    # A launch that starts its processes again starts with a clean slate.
+    return PrefixStore(f"gadfly/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _is_of_the_network(failure: BaseException) -> bool:
+    """Whether a failure is of talking to another rank."""
+    if isinstance(failure, dist.DistError):
+        return True
+    inner = getattr(failure, "failures", None)
+    if isinstance(inner, dict):
+        # A checkpoint's: of every rank, its failure.
+        return any(_is_of_the_network(cause) for cause, _ in inner.values())
+    words = ("gloo", "nccl", "connection", "socket")
+    return isinstance(failure, RuntimeError) and any(word in str(failure).lower() for word in words)

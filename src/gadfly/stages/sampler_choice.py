@@ -1,0 +1,104 @@
+"""Which sampler a student is sampled with, and how its canary asks the trainer."""
+
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedModel
+
+from gadfly.chat_template import Renderer
+from gadfly.engine import Engine
+from gadfly.groups import Branch, Group
+from gadfly.logprobs import LogprobReader, Logprobs
+from gadfly.samplers import (
+    Canary,
+    DealtSampler,
+    LocalSampler,
+    Sampler,
+    StudentLogprobs,
+    VllmSampler,
+    VllmServers,
+    suits_vllm,
+)
+from gadfly.stages.run import Run
+
+
+def open_sampler(
+    run: Run,
+    source: str,
+    engine: Engine[Logprobs],
+    renderer: Renderer,
+    inference_copy: Callable[[], PreTrainedModel],
+    *,
+    is_half: bool,
+) -> Sampler:
+    """What `sampling.servers` and `sampling.backend` say.
+
+    Args:
+        run: the open run.
+        source: what the student was opened from.
+        engine: the student's.
+        renderer: for the tokens that end a response.
+        inference_copy: gives the whole model that the local sampler is to sample from.
+        is_half: whether the trainer computes in bfloat16.
+    """
+    canary = Canary(_asking(run, engine), is_half=is_half)
+    own = _own_sampler(run, source, engine, renderer, inference_copy, canary)
+    return own if run.processes.size == 1 else DealtSampler(own, run.processes)
+
+
+def _own_sampler(
+    run: Run,
+    source: str,
+    engine: Engine[Logprobs],
+    renderer: Renderer,
+    inference_copy: Callable[[], PreTrainedModel],
+    canary: Canary,
+) -> Sampler:
+    """This process's own."""
+    recipe, sampling = run.recipe, run.recipe.sampling
+    model = engine.model
+    assert isinstance(model, PreTrainedModel), "a student is one"
+    cap = max(sampling.max_response_tokens, recipe.generate.max_response_tokens or 0)
+    if sampling.servers:
+        return VllmServers(
+            sampling.servers,
+            renderer.end_ids,
+            canary=canary,
+            vocabulary_size=model.config.get_text_config().vocab_size,
+            folder=run.folder.path / "weights",
+            max_tokens=sampling.max_prompt_tokens + cap,
+            max_parallel_responses=sampling.max_parallel_responses,
+            timeout_seconds=recipe.engine.timeout_seconds,
+            processes=run.processes,
+        )
+    is_whole = recipe.student.lora_rank == 0
+    if sampling.backend == "vllm" or (sampling.backend == "auto" and is_whole and suits_vllm(model)):
+        return VllmSampler(
+            source,
+            model,
+            renderer.end_ids,
+            canary,
+            max_tokens=sampling.max_prompt_tokens + cap,
+            max_parallel_responses=sampling.max_parallel_responses,
+        )
+    return LocalSampler(
+        inference_copy(),
+        renderer.end_ids,
+        max_parallel_responses=sampling.max_parallel_responses,
+        # A model of its own may be left behind by the student.
+        canary=canary if run.processes.size > 1 else None,
+    )
+
+
+def _asking(run: Run, engine: Engine[Logprobs]) -> StudentLogprobs:
+    """How a canary asks the trainer. Processes ask at once, each of a text of its own."""
+
+    def student_logprobs(tokens: Sequence[int]) -> list[float]:
+        texts = run.processes.gather("canary", tuple(tokens))
+        groups = [
+            Group("canary", text[:1], students=(Branch(text[1:], finished=False, text=""),)) for text in texts
+        ]
+        values = engine.forward(groups, LogprobReader()).values[run.processes.rank]
+        own: list[float] = values[: len(tokens) - 1].tolist()
+        return own
+
+    return student_logprobs

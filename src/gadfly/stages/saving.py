@@ -1,0 +1,84 @@
+"""Writes the checkpoints of a stage, at once or in the background while training goes on."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gadfly.checkpoint import Checkpoint, save_checkpoint, save_tensors
+from gadfly.discriminator import Scores
+from gadfly.engine import Engine
+from gadfly.logprobs import Logprobs
+from gadfly.processes import Processes
+
+Engines = Mapping[str, Engine[Logprobs] | Engine[Scores]]
+
+
+class CheckpointWriter:
+    """Saves models and optimisers of a stage, one checkpoint at a time.
+
+    Args:
+        stage: the folder of the stage.
+        engines: by role, whose optimisers go into the checkpoints.
+        snapshot: the models as they are now, as a function that fills a checkpoint folder with them.
+        processes: who works on it. The first one writes the models; each writes its share of the optimisers.
+        in_background: whether to copy everything and write it while training goes on.
+    """
+
+    def __init__(
+        self,
+        stage: Path,
+        engines: Engines,
+        snapshot: Callable[[], Callable[[Path], None]],
+        processes: Processes,
+        *,
+        in_background: bool,
+    ):
+        self._stage, self._engines, self._snapshot, self._processes = stage, engines, snapshot, processes
+        self._background: ThreadPoolExecutor | None = None
+        self._under_way: Future[Checkpoint] | None = None
+        if in_background:
+            self._processes = processes.beside()
+            self._background = ThreadPoolExecutor(1, "checkpoint")
+
+    def save(self, step: int, facts: Mapping[str, Any], then: Callable[[], None]) -> None:
+        """Save what there is now, and do `then` once it is on disk.
+
+        Raises:
+            RunFolderError: this checkpoint, or the one before in the background, cannot be written.
+        """
+        self.wait()
+        write_models = self._snapshot()
+        optimizers = {role: engine.optimizer_state() for role, engine in self._engines.items()}
+        if self._background is not None:
+            optimizers = {role: _copy(state) for role, state in optimizers.items()}
+
+        def write(folder: Path) -> None:
+            for role, state in optimizers.items():
+                save_tensors(state, folder / "trainer" / role, group=self._processes.group)
+            if self._processes.rank == 0:
+                write_models(folder)
+
+        def work() -> Checkpoint:
+            checkpoint = save_checkpoint(self._stage, step, write, facts, self._processes)
+            then()
+            return checkpoint
+
+        if self._background is None:
+            work()
+        else:
+            self._under_way = self._background.submit(work)
+
+    def wait(self) -> None:
+        """Let the checkpoint that is being written come to its end."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
