@@ -48,7 +48,7 @@ class CheckpointError(UserError):
 
 
 class ApiError(GadflyError):
-    """A teacher or judge behind an API that refuses, cannot be reached, or does not answer as one should."""
+    """A teacher, judge or sampling server that refuses, cannot be reached, or answers as it should not."""
 
     exit_code = 3
 

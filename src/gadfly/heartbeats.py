@@ -161,7 +161,10 @@ class Heartbeats:
     def _look(self) -> None:
         """Read the beats of all."""
         keys = [f"beat/{other}" for other in range(self._size)]
-        there = [other for other, key in enumerate(keys) if self._store.check([key])]
+        everybody = range(self._size)
+        there = (
+            everybody if self._store.check(keys) else [o for o in everybody if self._store.check([keys[o]])]
+        )
         for other, told in zip(there, self._store.multi_get([keys[other] for other in there]), strict=True):
             beat, place, what, count = json.loads(told)
             if beat != self._seen[other][0]:
@@ -179,9 +182,13 @@ class Heartbeats:
         """The line to tell if something has taken too long (empty if another rank tells it)."""
         if silent := self._silent(_SILENT_SECONDS):
             return self._claim(self._line(silent[0], "is silent", status.what))
-        if status.is_patient or time.monotonic() - status.since < self.timeout_seconds:
+        too_long = time.monotonic() - status.since - self.timeout_seconds
+        if status.is_patient or too_long < 0:
             return None
         behind = min(self._seen, key=lambda other: (self._seen[other][4], other))
+        if behind == self._rank and too_long < _GONE_SECONDS:
+            # Those that wait can say for what.
+            return None
         return self._claim(self._line(behind, "is stuck", status.what))
 
     def _line(self, other: int, state: str, waited_for: str) -> str:

@@ -6,6 +6,8 @@ everything else: Python objects, over gloo, with a time-out that says who kept w
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -82,6 +84,8 @@ class Ranks(Processes):
 
     def explained(self, failure: BaseException) -> BaseException:
         """What to raise in place of a failure, so that one rank, and one alone, tells its cause."""
+        # A launcher that has noticed too asks all to end, in the middle of this.
+        _ignore_signals()
         if isinstance(failure, SystemExit | KeyboardInterrupt) or _is_of_the_network(failure):
             line = self._heartbeats.gone()
             return failure if line is None else _silent_if(not line, RanksError(line))
@@ -137,6 +141,13 @@ def open_ranks(on_stuck: Callable[[str], None]) -> Iterator[Ranks]:
         heartbeats.stop()
     if is_ours:
         dist.destroy_process_group()
+
+
+def _ignore_signals() -> None:
+    # Only the main thread may; under Ray this may be another.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _silent_if(another_tells: bool, error: GadflyError) -> GadflyError:

@@ -1,22 +1,21 @@
 """Many processes by Ray Train: on a cluster, or on this machine alone; started again when one of them ends.
 
 torchrun's processes write to the same terminal and end by themselves. Ray's workers are on any machine, so
-what they have to say comes by a queue to the process that the user sees: log records, the result, or the error
-that ends the run. An error of the user's travels as a value; to Ray, what is raised is a crash, and tried again.
+what they have to say comes by a queue to the process that the user sees: log records, the result, or the
+error that ends the run. That error travels as a value: what is raised is a crash to Ray, and tried again.
 """
 
 import contextlib
 import importlib
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from logging.handlers import QueueHandler
 from pathlib import Path
@@ -41,9 +40,12 @@ _LOCK_SECONDS = 60.0
 _NETWORK_SECONDS = 24 * 3600
 
 
-@dataclass(frozen=True)
 class _Begun:
-    """Workers are about to work."""
+    """Said by the first worker before it works."""
+
+
+class _Bug:
+    """Said by a worker that ends by one."""
 
 
 def launch(work: Work, run_folder: Path, num_workers: int) -> Path:
@@ -71,79 +73,77 @@ def launch(work: Work, run_folder: Path, num_workers: int) -> Path:
     with RunFolder(run_folder).lock():
         # Free and writable, or it is told before Ray has started, which takes a while.
         pass
-    with _cluster(num_workers) as ray:
-        has_gpus = _has_gpus(ray, num_workers)
-        home = _node(ray)
-        mailbox = importlib.import_module("ray.util.queue").Queue(actor_options={"num_cpus": 0, **home})
+    # The machines of a cluster have the run folder in common, and Ray Train asks for such a place.
+    storage = run_folder / ".ray"
+    shutil.rmtree(storage, ignore_errors=True)
+    # Ray's own remarks are no results.
+    with contextlib.redirect_stdout(sys.stderr), _cluster(num_workers) as ray:
+        has_gpus, here = _has_gpus(ray, num_workers), _here(ray)
+        mailbox = importlib.import_module("ray.util.queue").Queue(actor_options=here)
         job = partial(_in_worker, work, run_folder, mailbox, Path.cwd(), sys.argv)
-        fit = _Fit(job, run_folder / ".ray", num_workers, has_gpus)
+        # In a process of its own, for a thread that waits for Ray could not be stopped.
+        remote = ray.remote(max_retries=0, **here)(_fit)
         try:
-            return _follow(fit, mailbox)
+            return _follow(ray, remote.remote(job, storage, num_workers, has_gpus), mailbox)
         finally:
-            shutil.rmtree(run_folder / ".ray", ignore_errors=True)
+            shutil.rmtree(storage, ignore_errors=True)
 
 
-class _Fit(threading.Thread):
-    """Ray Train's work, in a thread: the main one passes on what workers say, and is interrupted by Ctrl-C.
+def _fit(job: Callable[[], None], storage: Path, num_workers: int, has_gpus: bool) -> None:
+    """Have Ray Train do the job in every worker."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415
+    from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
 
-    Attributes:
-        failure: what Ray Train raised in the end.
-    """
-
-    def __init__(self, job: Callable[[], None], storage: Path, num_workers: int, has_gpus: bool):
-        super().__init__(daemon=True, name="ray-train")
-        self.failure: Exception | None = None
-        from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415
-        from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
-
-        self._trainer = TorchTrainer(
-            job,
-            torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout_s=_NETWORK_SECONDS
-            ),
-            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=has_gpus),
-            run_config=RunConfig(
-                # The machines of a cluster have the run folder in common, and Ray needs such a place.
-                storage_path=str(storage),
-                name="launch",
-                failure_config=FailureConfig(max_failures=RESTARTS),
-            ),
-        )
-
-    def run(self) -> None:
-        """Train until it is over."""
-        try:
-            self._trainer.fit()
-        except Exception as failure:
-            self.failure = failure
+    TorchTrainer(
+        job,
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout_s=_NETWORK_SECONDS
+        ),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=has_gpus),
+        run_config=RunConfig(
+            storage_path=str(storage),
+            name="launch",
+            failure_config=FailureConfig(max_failures=RESTARTS),
+        ),
+    ).fit()
 
 
-def _follow(fit: _Fit, mailbox: Any) -> Path:
+def _follow(ray: Any, fit: Any, mailbox: Any) -> Path:
     """Pass on what workers say until all is over."""
-    starts, result, ends_at = 0, None, float("inf")
+    starts, has_bug, ends_at = 0, False, math.inf
     refusal: GadflyError | None = None
-    fit.start()
-    while time.monotonic() < ends_at:
-        is_over = not fit.is_alive()
+    result: Path | None = None
+    is_over = False
+    while not is_over and time.monotonic() < ends_at:
+        # What is said is read once more after the end.
+        is_over = bool(ray.wait([fit], timeout=0)[0])
         for said in _said(mailbox):
             if isinstance(said, logging.LogRecord):
                 logging.getLogger(said.name).handle(said)
+            elif isinstance(said, _Begun):
+                starts, has_bug = starts + 1, False
+                if starts > 1:
+                    logger.warning("workers: started again, %d of %d times", starts - 1, RESTARTS)
+            elif isinstance(said, _Bug):
+                has_bug = True
             elif isinstance(said, GadflyError) and refusal is None:
                 refusal, ends_at = said, time.monotonic() + _END_SECONDS
             elif isinstance(said, Path):
                 result = said
-            elif isinstance(said, _Begun):
-                starts += 1
-                if starts > 1:
-                    logger.warning("workers: started again (%d of %d times)", starts - 1, RESTARTS)
-        if is_over:
-            break
     if refusal is not None:
         raise refusal
-    if fit.failure is not None:
-        raise _explained(fit.failure, starts)
+    try:
+        ray.get(fit)
+    except Exception as failure:
+        # A bug keeps the traceback, which is part of what Ray raises.
+        if has_bug or starts == 0:
+            raise
+        raise RanksError(
+            f"--ray-workers: workers were lost {starts} times; run the same command to go on from the last "
+            f"checkpoint"
+        ) from failure
     if result is None:
-        raise RanksError("the workers ended without a result; run the same command to go on")
+        raise RanksError("--ray-workers: no worker has told how it ended; run the same command to go on")
     return result
 
 
@@ -153,18 +153,6 @@ def _said(mailbox: Any) -> Iterator[Any]:
         yield mailbox.get(timeout=_POLL_SECONDS)
         while True:
             yield mailbox.get_nowait()
-
-
-def _explained(failure: Exception, starts: int) -> Exception:
-    """One line if workers were lost; what was raised in one of them is a bug, and keeps its traceback."""
-    causes = getattr(failure, "worker_failures", {})
-    bugs = [cause for cause in causes.values() if "Traceback" in str(cause) and "RanksError" not in str(cause)]
-    if bugs or not causes:
-        return failure
-    return RanksError(
-        f"workers ended {starts} times, the last time rank {', '.join(map(str, sorted(causes)))}; "
-        f"run the same command to go on from the last checkpoint"
-    )
 
 
 # In the workers.
@@ -197,6 +185,7 @@ def _in_worker(work: Work, run_folder: Path, mailbox: Any, folder: Path, argv: l
         return
     except Exception as bug:
         logger.critical("rank %s: %s: %s", os.environ["RANK"], type(bug).__name__, bug)
+        mailbox.put(_Bug())
         raise
     if is_first:
         mailbox.put(result)
@@ -228,8 +217,6 @@ def _cluster(num_workers: int) -> Iterator[Any]:
     """The cluster of RAY_ADDRESS, or one on this machine that ends with this process."""
     # Reports of use to Ray's authors are for the user to switch on.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray = importlib.import_module("ray")
     address = os.environ.get("RAY_ADDRESS")
     # As torchrun does, a machine takes on as many processes as it is told to.
@@ -239,7 +226,10 @@ def _cluster(num_workers: int) -> Iterator[Any]:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **size)
     except (ConnectionError, RuntimeError, ValueError) as failure:
         where = f"RAY_ADDRESS={address}" if address else "a local Ray"
-        raise UserError(f"{where}: cannot be reached ({str(failure).splitlines()[0]})") from failure
+        raise UserError(
+            f"{where}: cannot be reached ({str(failure).splitlines()[0]}); see that it runs, and that "
+            f"RAY_AUTH_TOKEN is the cluster's if it asks for one"
+        ) from failure
     try:
         for number, handler in ours.items():
             signal.signal(number, handler)
@@ -260,7 +250,8 @@ def _has_gpus(ray: Any, num_workers: int) -> bool:
     return kind == "GPU"
 
 
-def _node(ray: Any) -> dict[str, Any]:
-    """An actor's options to be on this machine: what workers say is to outlive any other."""
+def _here(ray: Any) -> dict[str, Any]:
+    """Options of what is to be on this machine, and outlive any other."""
     strategy = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
-    return {"scheduling_strategy": strategy(ray.get_runtime_context().get_node_id(), soft=True)}
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": strategy(node, soft=True)}

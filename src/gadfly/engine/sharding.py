@@ -70,6 +70,8 @@ def shard(
     for module in reading.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            # Gloo has no other.
+            module.set_force_sum_reduction_for_comms(True)
     if shared:
         reading.model.load_state_dict(shared, strict=False, assign=True)
 

@@ -45,8 +45,8 @@ class Canary:
             raise AlarmError(
                 f"{who} gives the tokens of a fixed text log-probabilities that are {gap:.3g} nats from the "
                 f"student's (the median), more than the {tolerance:g} of rounding: it does not have the "
-                f"student's weights, or computes another model or in another type; set sampling.backend = "
-                f'"local", or try another version of vLLM'
+                f"student's weights, or computes another model or in another type; try another version of "
+                f'vLLM, or set sampling.backend = "local" without servers'
             )
 
 

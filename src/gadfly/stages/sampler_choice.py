@@ -58,15 +58,18 @@ def _own_sampler(
     model = engine.model
     assert isinstance(model, PreTrainedModel), "a student is one"
     cap = max(sampling.max_response_tokens, recipe.generate.max_response_tokens or 0)
+    max_tokens = sampling.max_prompt_tokens + cap
     if sampling.servers:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_tokens
         return VllmServers(
             sampling.servers,
             renderer.end_ids,
             canary=canary,
             vocabulary_size=model.config.get_text_config().vocab_size,
             folder=run.folder.path / "weights",
-            max_tokens=sampling.max_prompt_tokens + cap,
-            max_parallel_responses=sampling.max_parallel_responses,
+            max_tokens=min(max_tokens, positions),
+            # Every process asks the servers.
+            max_parallel_responses=max(1, sampling.max_parallel_responses // run.processes.size),
             timeout_seconds=recipe.engine.timeout_seconds,
             processes=run.processes,
         )
@@ -77,7 +80,7 @@ def _own_sampler(
             model,
             renderer.end_ids,
             canary,
-            max_tokens=sampling.max_prompt_tokens + cap,
+            max_tokens=max_tokens,
             max_parallel_responses=sampling.max_parallel_responses,
         )
     return LocalSampler(

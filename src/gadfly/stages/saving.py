@@ -37,7 +37,8 @@ class CheckpointWriter:
         *,
         in_background: bool,
     ):
-        self._stage, self._engines, self._snapshot, self._processes = stage, engines, snapshot, processes
+        self._stage, self._engines, self._snapshot = stage, engines, snapshot
+        self._main = self._processes = processes
         self._background: ThreadPoolExecutor | None = None
         self._under_way: Future[Checkpoint] | None = None
         if in_background:
@@ -76,6 +77,7 @@ class CheckpointWriter:
         """Let the checkpoint that is being written come to its end."""
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
+            self._main.note("the end of the checkpoint in the background")
             under_way.result()
 
 

@@ -1,0 +1,219 @@
+"""Many processes are one: the same numbers, one voice, and an end to every wait."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fault_server import FaultServer
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gadfly.metrics import without_time
+from gadfly.processes import Processes, deal
+
+FAULTY = Path(__file__).with_name("faulty_rank.py")
+EXACT = "student.dtype=float64"
+
+
+def torchrun(size: int, *arguments: object, program: tuple[object, ...] = ("-m", "gadfly")) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size]
+    # A port of the system's choice, so that two tests at once do not meet.
+    return [
+        str(part)
+        for part in (*launcher, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *program, *arguments)
+    ]
+
+
+def done(command: list[str], *, code: int = 0) -> subprocess.CompletedProcess[str]:
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert ended.returncode == code, ended.stderr[-4000:]
+    return ended
+
+
+def run_on(size: int, recipe: Path, folder: Path, *overrides: str, stage: str = "run") -> Path:
+    """A run on so many processes; gives its folder."""
+    command = [sys.executable, "-m", "gadfly"] if size == 1 else torchrun(size)
+    done([*command, stage, str(recipe), EXACT, f"run_folder={folder}", *overrides])
+    return folder
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same_run(one: Path, many: Path, *, weights: str = "model.safetensors") -> None:
+    """Metrics and weights to rounding in double precision, samples and answers to the letter."""
+    for mine, theirs in zip(rows(one, "metrics.jsonl"), rows(many, "metrics.jsonl"), strict=True):
+        wanted = without_time(mine)
+        assert without_time(theirs) == {
+            key: pytest.approx(value, rel=1e-9, abs=1e-9) if isinstance(value, float) else value
+            for key, value in wanted.items()
+        }
+    assert told(one) == told(many)
+    for name in ("seqkd/latest/student", "gad/latest/student", "gad/latest/discriminator"):
+        mine, theirs = load_file(one / name / weights), load_file(many / name / weights)
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            torch.testing.assert_close(theirs[key], mine[key], rtol=0, atol=1e-12)
+
+
+def told(folder: Path) -> list[Any]:
+    samples = [
+        [sample["text"] for sample in row.get("samples", [])] or row.get("response")
+        for row in rows(folder, "samples.jsonl")
+    ]
+    answers = [(row["model"], row["id"], row["response"]) for row in rows(folder, "generations/same.jsonl")]
+    return [samples, answers]
+
+
+@given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 8))
+def test_every_item_is_dealt_once_and_the_hands_weigh_about_the_same(weights: list[int], size: int) -> None:
+    hands = deal(weights, size)
+    assert len(hands) == size
+    assert sorted(index for hand in hands for index in hand) == list(range(len(weights)))
+    loads = [sum(weights[index] for index in hand) for hand in hands]
+    # The last item that the heaviest hand got was given to it when it was the lightest.
+    assert max(loads) - min(loads) <= max(weights, default=0)
+
+
+def test_one_process_alone_does_everything_itself() -> None:
+    alone = Processes()
+    assert (alone.once("a", lambda: 1), alone.gather("b", 2), alone.together("c", lambda: 3)) == (1, [2], 3)
+    alone.check_same("d", "4", "nothing")
+
+
+def test_two_processes_are_one(recipe_file: Path, tmp_path: Path) -> None:
+    one, two = (run_on(size, recipe_file, tmp_path / str(size)) for size in (1, 2))
+    assert_same_run(one, two)
+    shards = list((two / "gad" / "latest" / "trainer" / "student").glob("*.safetensors"))
+    assert len(shards) == 2
+
+
+@pytest.mark.slow
+def test_four_processes_with_uneven_groups_and_idle_ranks_are_one(recipe_file: Path, tmp_path: Path) -> None:
+    # Three groups for four processes: one has none, and waits in every pass.
+    few = ("seqkd.batch_prompts=3", "warmup.batch_prompts=3", "gad.batch_prompts=3")
+    more = (
+        "checkpoints.in_background=true",
+        "engine.activation_checkpointing=true",
+        "engine.micro_batch_tokens=40",
+    )
+    one = run_on(1, recipe_file, tmp_path / "one", *few)
+    assert_same_run(one, run_on(4, recipe_file, tmp_path / "four", *few, *more))
+
+
+@pytest.mark.slow
+def test_adapters_on_two_processes_are_those_on_one(recipe_file: Path, tmp_path: Path) -> None:
+    one, two = (run_on(size, recipe_file, tmp_path / str(size), "student.lora_rank=4") for size in (1, 2))
+    assert_same_run(one, two, weights="adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_in_single_precision_the_weights_differ_by_rounding(
+    recipe_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / str(size) for size in (1, 2, 4)]
+    for size, folder in zip((1, 2, 4), folders, strict=True):
+        steps = ("student.dtype=float32", "seqkd.max_steps=20", "seqkd.batch_prompts=3")
+        run_on(size, recipe_file, folder, *steps, stage="seqkd")
+    start = load_file(tiny_model / "model.safetensors")
+    ends = [load_file(folder / "seqkd/latest/student/model.safetensors") for folder in folders]
+
+    def distance(some: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+        return sum(float((some[key] - other[key]).square().sum()) for key in start) ** 0.5
+
+    for end in ends[1:]:
+        assert distance(end, ends[0]) <= 0.01 * distance(ends[0], start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_run_that_two_processes_saved_goes_on_with_another_number(
+    recipe_file: Path, tmp_path: Path, size: int
+) -> None:
+    whole = run_on(1, recipe_file, tmp_path / "whole")
+    # A rank that dies in gad's fourth step, after the checkpoint of the second.
+    other = tmp_path / "other"
+    faulty(recipe_file, other, "die-in-step", rank=1, at=6 + 4 + 8 + 2 * 3 + 1)
+    assert (other / "gad" / "step-000002").is_dir()
+    assert not (other / "gad" / "step-000004").exists()
+    assert_same_run(whole, run_on(size, recipe_file, other))
+
+
+def faulty(recipe: Path, folder: Path, fault: str, *, rank: int, at: int) -> tuple[list[str], float]:
+    """A run on two processes with a fault; gives what was told, and seconds from the fault to the end."""
+    program = (FAULTY, fault, rank, at)
+    options = (EXACT, f"run_folder={folder}", "engine.timeout_seconds=15")
+    ended = done(torchrun(2, "run", recipe, *options, program=program), code=1)
+    seconds = (
+        time.time() - float(found[1]) if (found := re.search(r"^fault (\S+)$", ended.stderr, re.M)) else 0.0
+    )
+    return [line for line in ended.stderr.splitlines() if re.search(r"rank \d (is|has) ", line)], seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "rank", "at", "line", "limit"),
+    [
+        ("die-in-step", 1, 9, r"^warmup step \d: rank 1 is gone .*; rank 0 waited for ", 20),
+        ("die-in-step", 0, 9, r"^warmup step \d: rank 0 is gone .*; rank 1 waited for ", 20),
+        ("die-in-save", 1, 2, r"^seqkd step 4: rank 1 is gone .*; rank 0 waited for .*checkpoint", 20),
+        ("die-in-hand-over", 1, 400, r"rank 1 is gone .*; rank 0 waited for the hand-over of model\.", 20),
+        ("hang-in-step", 1, 9, r"^warmup step \d: rank 1 is stuck \(for 15 s, .*; rank 0 waited for ", 35),
+        ("other-code", 1, 0, r"^code of gadfly: rank 1 has another, rank 0 has \w+; install", 60),
+    ],
+)
+def test_a_rank_that_fails_ends_the_run_in_one_line(
+    recipe_file: Path, tmp_path: Path, fault: str, rank: int, at: int, line: str, limit: float
+) -> None:
+    folder = tmp_path / "run"
+    lines, seconds = faulty(recipe_file, folder, fault, rank=rank, at=at)
+    assert len(lines) == 1, lines
+    assert re.search(line, lines[0])
+    assert seconds < limit
+    # Whatever is in its place is whole.
+    for checkpoint in folder.glob("*/step-*"):
+        assert (checkpoint / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_with_a_dead_rank_ends_like_an_undisturbed_one(recipe_file: Path, tmp_path: Path) -> None:
+    whole, broken = run_on(2, recipe_file, tmp_path / "whole"), tmp_path / "broken"
+    for fault, at in (("die-in-save", 2), ("die-in-hand-over", 300), ("die-in-step", 5)):
+        faulty(recipe_file, broken, fault, rank=1, at=at)
+    run_on(2, recipe_file, broken)
+    assert_same_run(whole, broken)
+
+
+def test_an_error_of_all_is_told_once(recipe_file: Path, tmp_path: Path) -> None:
+    ended = done(torchrun(2, "seqkd", recipe_file, "seqkd.bogus=1", f"run_folder={tmp_path / 'r'}"), code=1)
+    assert len(re.findall(r"bogus", ended.stderr)) == 1
+    # torchrun has a traceback of its own.
+    assert "gadfly/cli.py" not in ended.stderr
+
+
+def test_the_teacher_is_asked_once_however_many_processes_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = "".join(json.dumps({"prompt": f"question {number}"}) + "\n" for number in range(6))
+    (tmp_path / "prompts.jsonl").write_text(prompts, encoding="utf-8")
+    monkeypatch.setenv("TEACHER_KEY", "key")
+    with FaultServer(key="key") as server:
+        (tmp_path / "recipe.toml").write_text(
+            f'name = "test"\n[data]\nprompts = "prompts.jsonl"\n[teacher]\nbase_url = "{server.base_url}"\n'
+            'model = "m"\napi_key_env = "TEACHER_KEY"\n[student]\nmodel = "none"\n',
+            encoding="utf-8",
+        )
+        ended = done(torchrun(2, "collect", tmp_path / "recipe.toml"))
+        assert sorted(server.ledger.paid.values()) == [1] * 6
+    assert len(rows(tmp_path / "runs" / "test", "teacher.jsonl")) == 6
+    assert ended.stdout.count("collect: done") == 1
