@@ -189,6 +189,16 @@ def test_the_first_step_is_that_of_adamw_worked_by_hand(student: PreTrainedModel
     assert same(weights(engine), expected, atol=1e-12)
 
 
+def test_a_copied_state_stays_as_it_is_when_the_model_is_trained_on(student: PreTrainedModel) -> None:
+    engine = student_engine(student)
+    copied, live = engine.whole_state(is_copy=True), engine.whole_state()
+    before = {name: value.clone() for name, value in live.items()}
+    engine.forward_backward(SFT, sft_objective(SFT))
+    engine.step(0.1)
+    assert same(copied, before)
+    assert not same(live, before)
+
+
 def test_a_step_forgets_the_gradients(student: PreTrainedModel) -> None:
     engine = student_engine(student)
     objective = sft_objective(SFT)

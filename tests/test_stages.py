@@ -122,6 +122,17 @@ def test_the_equal_time_baseline_keeps_its_number_of_steps(recipe_file: Path) ->
     assert plan["steps"] == stages["seqkd-equal-time"]["steps"] == max(1, round(expected))
 
 
+def test_checkpoints_written_in_the_background_are_the_same(recipe_file: Path, tmp_path: Path) -> None:
+    for name, background in (("at-once", "false"), ("background", "true")):
+        options = [f"run_folder={tmp_path / name}", f"checkpoints.in_background={background}"]
+        with open_run(load_recipe(recipe_file, options)) as run:
+            warmup(run)
+    one, other = (tmp_path / name / "warmup" for name in ("at-once", "background"))
+    assert {path.name for path in other.glob("*")} == {path.name for path in one.glob("*")}
+    for file in one.glob("step-*/*/*.safetensors"):
+        assert (other / file.relative_to(one)).read_bytes() == file.read_bytes()
+
+
 def test_without_seqkd_the_equal_time_baseline_says_what_it_needs(recipe_file: Path) -> None:
     with open_run(load_recipe(recipe_file)) as run, pytest.raises(CheckpointError, match="seqkd"):
         seqkd_equal_time(run)

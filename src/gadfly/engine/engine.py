@@ -164,23 +164,27 @@ class Engine(Generic[Output]):
                 self._processes.note(f"the hand-over of {name}")
                 yield name, whole(parameter.detach())
 
-    def whole_state(self) -> dict[str, Tensor]:
+    def whole_state(self, *, is_copy: bool = False) -> dict[str, Tensor]:
         """All tensors of the model by name; of shards, put together in the first process's memory.
 
         Every process has to ask; the others get nothing.
+
+        Args:
+            is_copy: whether they are to stay as they are when the model is trained on.
         """
         reshard(self._reading)
         state: dict[str, Tensor] = {}
         kept: dict[int, Tensor] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if self._processes.size == 1:
-                state[name] = tensor.detach()
-                continue
             # Tied weights stay one tensor.
             if id(tensor) not in kept:
                 self._processes.note(f"the saving of {name}")
                 put_together = whole(tensor.detach())
-                kept[id(tensor)] = put_together.cpu() if self._processes.rank == 0 else put_together[:0]
+                if self._processes.rank > 0:
+                    put_together = put_together[:0]
+                elif is_copy:
+                    put_together = put_together.to("cpu", copy=True)
+                kept[id(tensor)] = put_together if self._processes.size == 1 else put_together.cpu()
             state[name] = kept[id(tensor)]
         return state if self._processes.rank == 0 else {}
 

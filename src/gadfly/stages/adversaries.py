@@ -91,10 +91,11 @@ class Adversaries:
         ) as loop:
             yield loop
 
-    def _snapshot(self) -> Callable[[Path], None]:
+    def _snapshot(self, is_copy: bool) -> Callable[[Path], None]:
         stored = (self.valid or self.batches(1))[:_STORED_PROBES]
         probe = self.discriminator.view([example.group for example in stored], stored)
-        write_student, write_discriminator = self.student.snapshot(), self.discriminator.snapshot(probe)
+        write_student = self.student.snapshot(is_copy=is_copy)
+        write_discriminator = self.discriminator.snapshot(probe, is_copy=is_copy)
 
         def write(folder: Path) -> None:
             write_student(folder / "student")

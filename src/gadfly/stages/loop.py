@@ -13,7 +13,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from gadfly.checkpoint import (
@@ -27,7 +26,7 @@ from gadfly.config import Training
 from gadfly.errors import AlarmError
 from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.run import Run
-from gadfly.stages.saving import CheckpointWriter, Engines
+from gadfly.stages.saving import CheckpointWriter, Engines, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class TrainingLoop:
         total_steps: int,
         training: Training,
         engines: Engines,
-        snapshot: Callable[[], Callable[[Path], None]],
+        snapshot: Snapshot,
         evaluate: Callable[[], tuple[Metrics, list[dict[str, Any]]]] | None,
         resumed_from: Checkpoint | None,
     ):
@@ -213,7 +212,7 @@ def training_loop(
     total_steps: int,
     training: Training,
     engines: Engines,
-    snapshot: Callable[[], Callable[[Path], None]],
+    snapshot: Snapshot,
     evaluate: Callable[[], tuple[Metrics, list[dict[str, Any]]]] | None,
     resumed_from: Checkpoint | None,
 ) -> Iterator[TrainingLoop]:

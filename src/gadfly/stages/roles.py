@@ -53,9 +53,9 @@ class StudentRole(Writer):
 
     engine: Engine[Logprobs]
 
-    def snapshot(self) -> Callable[[Path], None]:
+    def snapshot(self, *, is_copy: bool) -> Callable[[Path], None]:
         """The student as it is now: what writes it as a folder, later and in the first process."""
-        state = self.engine.whole_state()
+        state = self.engine.whole_state(is_copy=is_copy)
         return lambda folder: save_language_model(self.model, self.renderer.tokenizer, folder, state)
 
 
@@ -74,11 +74,11 @@ class DiscriminatorRole:
             reread(groups, [example.row for example in batch], self.renderer) if self.reads_text else groups
         )
 
-    def snapshot(self, probe: list[Group]) -> Callable[[Path], None]:
+    def snapshot(self, probe: list[Group], *, is_copy: bool) -> Callable[[Path], None]:
         """The discriminator as it is now, as for a student; `probe` is what its loader will re-score."""
         told = [group.only_teachers() for group in probe]
         scores = self.engine.forward(told)
-        state = self.engine.whole_state()
+        state = self.engine.whole_state(is_copy=is_copy)
         scored_in = "bfloat16" if self.engine.precision == "bfloat16" else None
         return lambda folder: save_discriminator(
             self.model, self.renderer, folder, told, state=state, scores=scores, scored_in=scored_in

@@ -15,6 +15,8 @@ from gadfly.logprobs import Logprobs
 from gadfly.processes import Processes
 
 Engines = Mapping[str, Engine[Logprobs] | Engine[Scores]]
+Snapshot = Callable[[bool], Callable[[Path], None]]
+"""Given whether it is to be a copy, which stays as it is when training goes on: what writes the models."""
 
 
 class CheckpointWriter:
@@ -32,7 +34,7 @@ class CheckpointWriter:
         self,
         stage: Path,
         engines: Engines,
-        snapshot: Callable[[], Callable[[Path], None]],
+        snapshot: Snapshot,
         processes: Processes,
         *,
         in_background: bool,
@@ -52,7 +54,7 @@ class CheckpointWriter:
             RunFolderError: this checkpoint, or the one before in the background, cannot be written.
         """
         self.wait()
-        write_models = self._snapshot()
+        write_models = self._snapshot(self._background is not None)
         optimizers = {role: engine.optimizer_state() for role, engine in self._engines.items()}
         if self._background is not None:
             optimizers = {role: _copy(state) for role, state in optimizers.items()}

@@ -96,8 +96,8 @@ def fine_tune(run: Run, stage: str, model: str, optimizer: Optimizer, training: 
     batches = Batches(examples, training.batch_prompts, recipe.seed, stage)
     total = batches.total_steps(training.epochs, training.max_steps)
 
-    def snapshot() -> Callable[[Path], None]:
-        write_student = student.snapshot()
+    def snapshot(is_copy: bool) -> Callable[[Path], None]:
+        write_student = student.snapshot(is_copy=is_copy)
         return lambda folder: write_student(folder / "student")
 
     with training_loop(
