@@ -12,7 +12,7 @@ import subprocess
 import sys
 import venv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +26,10 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from gadfly.engine import Engine
 from gadfly.errors import AlarmError, ConfigError, UserError
 from gadfly.groups import Branch, Group
-from gadfly.logprobs import LogprobReader
+from gadfly.logprobs import LogprobReader, log_distribution
 from gadfly.models import load_language_model
 from gadfly.recipe_file import load_recipe
-from gadfly.samplers import LocalSampler, Request, Sample, Sampler, VllmSampler, requests_for
+from gadfly.samplers import Canary, LocalSampler, Request, Sample, Sampler, VllmSampler, requests_for
 from gadfly.stages.gad import gad
 from gadfly.stages.roles import open_student
 from gadfly.stages.run import open_run
@@ -53,20 +53,34 @@ def needs_vllm(test: object) -> object:
 # Without vLLM.
 
 
+def asking(model: PreTrainedModel) -> Canary:
+    """A canary that asks a model."""
+
+    def student_logprobs(tokens: Sequence[int]) -> list[float]:
+        ids = torch.tensor(tokens)
+        with torch.no_grad():
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        values: list[float] = log_distribution(logits, 1.0).gather(-1, ids[1:, None]).squeeze(-1).tolist()
+        return values
+
+    return Canary(student_logprobs, is_half=model.dtype == torch.bfloat16)
+
+
 @without_vllm
 def test_where_vllm_is_not_installed_auto_samples_locally(recipe_file: Path, tiny_model: Path) -> None:
-    recipe = load_recipe(recipe_file, [])
-    assert recipe.sampling.backend == "auto"
-    assert isinstance(open_student(recipe, tiny_model, temperature=1.0).sampler, LocalSampler)
+    with open_run(load_recipe(recipe_file, [])) as run:
+        assert run.recipe.sampling.backend == "auto"
+        assert isinstance(open_student(run, tiny_model, temperature=1.0).sampler, LocalSampler)
 
 
 @without_vllm
 def test_vllm_that_is_not_installed_is_one_clear_line(recipe_file: Path, tiny_model: Path) -> None:
-    recipe = load_recipe(recipe_file, ["sampling.backend=vllm"])
-    with pytest.raises(
-        UserError, match=r'^sampling.backend = "vllm": .*pip install .gadfly\[vllm\]'
-    ) as raised:
-        open_student(recipe, tiny_model, temperature=1.0)
+    missing = r'^sampling.backend = "vllm": .*pip install .gadfly\[vllm\]'
+    with (
+        open_run(load_recipe(recipe_file, ["sampling.backend=vllm"])) as run,
+        pytest.raises(UserError, match=missing) as raised,
+    ):
+        open_student(run, tiny_model, temperature=1.0)
     assert "\n" not in str(raised.value)
 
 
@@ -211,7 +225,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     model, _ = load_language_model(str(folder), "float32")
     # Of SmolLM2's these are punctuation marks.
     ends = frozenset(range(17, 33))
-    sampler = VllmSampler(str(folder), model, ends, max_tokens=200, max_parallel_responses=64)
+    sampler = VllmSampler(str(folder), model, ends, asking(model), max_tokens=200, max_parallel_responses=64)
     rng = np.random.default_rng(0)
     groups = [
         Group(f"p{number}", tuple(rng.integers(40, 250, length).tolist()))
@@ -321,7 +335,7 @@ def test_no_requests_give_no_samples(case: Case) -> None:
 @needs_vllm
 def test_half_precision_is_sampled_too(llama: Path) -> None:
     model, renderer = load_language_model(str(llama), "bfloat16")
-    sampler = VllmSampler(str(llama), model, renderer.end_ids, max_tokens=64)
+    sampler = VllmSampler(str(llama), model, renderer.end_ids, asking(model), max_tokens=64)
     (answer,) = sampler.sample([Request((50, 60), 3, "half")], temperature=1.0, max_response_tokens=8)
     assert [1 <= len(sample.tokens) <= 8 for sample in answer] == [True] * 3
 
@@ -330,10 +344,10 @@ def test_half_precision_is_sampled_too(llama: Path) -> None:
 def test_what_vllm_cannot_run_is_one_clear_line(llama: Path) -> None:
     double, renderer = load_language_model(str(llama), "float64")
     with pytest.raises(UserError, match=r"student.dtype to one of float32, bfloat16"):
-        VllmSampler(str(llama), double, renderer.end_ids, max_tokens=64)
+        VllmSampler(str(llama), double, renderer.end_ids, asking(double), max_tokens=64)
     other = copy.deepcopy(double).float()
     with pytest.raises(UserError, match=r"^sampling.backend = .vllm.: vLLM cannot open '/nowhere'") as raised:
-        VllmSampler("/nowhere", other, renderer.end_ids, max_tokens=64)
+        VllmSampler("/nowhere", other, renderer.end_ids, asking(other), max_tokens=64)
     assert "\n" not in str(raised.value)
 
 

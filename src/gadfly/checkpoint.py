@@ -96,7 +96,8 @@ def save_checkpoint(
         failure = refused
     if refusals := [told for told in processes.gather("checkpoint", failure) if told is not None]:
         raise refusals[0]
-    return processes.once("the end of the checkpoint", finish)
+    # Hashing a large one takes its time.
+    return processes.once("the end of the checkpoint", finish, is_patient=True)
 
 
 @contextlib.contextmanager
@@ -165,7 +166,7 @@ def latest_checkpoint(stage: Path, processes: Processes | None = None) -> Checkp
         steps = checkpoint_steps(stage)
         return open_checkpoint(_place(stage, steps[-1])) if steps else None
 
-    return (processes or Processes()).once(f"the checkpoints of {stage.name}", find)
+    return (processes or Processes()).once(f"the checkpoints of {stage.name}", find, is_patient=True)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -20,7 +20,7 @@ import typer
 
 import gadfly
 from gadfly.console import show_logs
-from gadfly.errors import GadflyError, RanksError
+from gadfly.errors import GadflyError, RanksError, UserError
 
 app = typer.Typer(
     help="Distil any black-box LLM into your own model, on-policy, from the teacher's text alone.",
@@ -123,6 +123,8 @@ def demo(
     """The whole method on a scripted teacher and a forgetful student, with an exact count of answers."""
     from gadfly.demo.demo import run_demo  # noqa: PLC0415  torch loads only where it is used
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("gadfly demo: it runs in one process; start it without torchrun")
     table = run_demo(folder, seed, overrides or [])
     typer.echo(table)
     typer.echo(f"report: {folder / 'report.html'}")

@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -113,6 +114,7 @@ def open_ranks(on_stuck: Callable[[str], None]) -> Iterator[Ranks]:
     try:
         store = _store()
         if is_ours:
+            _await_all(store)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(
                 backend,
@@ -141,6 +143,18 @@ def open_ranks(on_stuck: Callable[[str], None]) -> Iterator[Ranks]:
         heartbeats.stop()
     if is_ours:
         dist.destroy_process_group()
+
+
+def _await_all(store: Any) -> None:
+    """Wait until every rank has come, before what would wait for them without a word."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store.set(f"here/{rank}", "1")
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while missing := [other for other in range(size) if not store.check([f"here/{other}"])]:
+        if time.monotonic() > deadline:
+            named = ", ".join(map(str, missing))
+            raise RuntimeError(f"rank {named} has not come within {_CONNECT_SECONDS} s")
+        time.sleep(0.1)
 
 
 def _ignore_signals() -> None:

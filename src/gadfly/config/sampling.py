@@ -33,7 +33,8 @@ class SamplingConfig(Section):
     of its own beside them, which needs `pip install 'gadfly[vllm]'`. Both draw from the same distribution,
     with random numbers of their own; only with `local` is a run that was stopped and gone on with the same
     byte for byte. `auto`: `vllm` where it is installed and knows the model, on a GPU; `local` on a CPU, where
-    starting it takes longer than many a small run samples, and for LoRA students."""
+    starting it takes longer than many a small run samples, for LoRA students, and
+    on several processes: there `servers` are the way to vLLM."""
     servers: list[Url] = []
     """vLLM servers on other machines to sample on, as in `["http://host:8000"]`, whatever `backend` says; how
     to start them is in docs/scaling.md. Weights go there by NCCL where this process has a GPU and vLLM, else

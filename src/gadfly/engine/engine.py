@@ -181,7 +181,7 @@ class Engine(Generic[Output]):
                 self._processes.note(f"the saving of {name}")
                 put_together = whole(tensor.detach())
                 if self._processes.rank > 0:
-                    put_together = put_together[:0]
+                    put_together = put_together.new_empty(0)
                 elif is_copy:
                     put_together = put_together.to("cpu", copy=True)
                 kept[id(tensor)] = put_together if self._processes.size == 1 else put_together.cpu()

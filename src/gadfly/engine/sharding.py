@@ -53,8 +53,8 @@ def shard(
     Args:
         reading: what to shard, on any device; every process has the same weights. The shards go to the GPU if
             there is one.
-        in_half_precision: weights come together, and are computed with, in bfloat16. A score head does not:
-            scores in half precision would tie.
+        in_half_precision: weights of layers come together, and are computed with, in bfloat16. A score head
+            does not: scores in half precision would tie.
         shared: frozen weights by name, of another role that is sharded; its shards become this model's too.
     """
     mesh = init_device_mesh(default_device().type, (dist.get_world_size(),))
@@ -66,7 +66,8 @@ def shard(
         wrap(layer)
     if isinstance(head := getattr(reading.model, "score_head", None), nn.Linear):
         fully_shard(head, mesh=mesh)
-    wrap(reading)
+    # What is in no layer, such as the embedding, stays as precise as on one process, and so does the stream.
+    fully_shard(reading, mesh=mesh)
     for module in reading.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

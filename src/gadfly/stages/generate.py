@@ -42,6 +42,7 @@ def generate(run: Run) -> None:
         raise ConfigError('data.test: must be given to generate: test = { name = "file.jsonl" }')
     sets = {name: load_rows(files, needs_response=False) for name, files in run.recipe.data.test.items()}
     for name, data in sets.items():
+        run.processes.check_same(f"content of data.test.{name}", data.fingerprint, "give all the same files")
         run.bad_as_read[f"test.{name}"] = data.bad
     files = [
         generations_file(name, temperature)

@@ -60,7 +60,8 @@ def workload(recipe: Recipe, gpus: int, gpu_memory: float) -> Workload:
     sampling = recipe.sampling
     sampler = sampling.backend
     if sampler == "auto":
-        sampler = "local" if recipe.student.lora_rank or recipe.student.dtype == "float64" else "vllm"
+        is_for_vllm = gpus == 1 and not recipe.student.lora_rank and recipe.student.dtype != "float64"
+        sampler = "vllm" if is_for_vllm else "local"
     return Workload(
         student,
         student if told is None else read_shape(told),

@@ -137,6 +137,8 @@ def open_run(recipe: Recipe, processes: Processes | None = None) -> Iterator[Run
         processes.check_same("code of gadfly", code_digest(), "install the same version everywhere")
         versions = json.dumps(_environment()["packages"])
         processes.check_same("packages", versions, "install the same versions everywhere")
+        for role, name in (("student", recipe.student.model), ("discriminator", recipe.discriminator.model)):
+            processes.check_same(f"{role}.model", model_identity(name) or "none", "give all the same weights")
     with folder.lock():
         folder.write_json("config.json", recipe.model_dump(mode="json"))
         folder.write_json("environment.json", _environment())
@@ -155,7 +157,7 @@ def open_run(recipe: Recipe, processes: Processes | None = None) -> Iterator[Run
 
 
 def _environment() -> dict[str, Any]:
-    packages = ("torch", "transformers", "tokenizers", "numpy")
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
     return {
         "gadfly": gadfly.__version__,
         "command": " ".join(sys.argv[1:]),

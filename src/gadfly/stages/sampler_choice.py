@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from gadfly.chat_template import Renderer
 from gadfly.engine import Engine
+from gadfly.errors import UserError
 from gadfly.groups import Branch, Group
 from gadfly.logprobs import LogprobReader, Logprobs
 from gadfly.samplers import (
@@ -73,8 +74,13 @@ def _own_sampler(
             timeout_seconds=recipe.engine.timeout_seconds,
             processes=run.processes,
         )
-    is_whole = recipe.student.lora_rank == 0
-    if sampling.backend == "vllm" or (sampling.backend == "auto" and is_whole and suits_vllm(model)):
+    if sampling.backend == "vllm" and run.processes.size > 1:
+        raise UserError(
+            f'sampling.backend = "vllm": one in each of {run.processes.size} processes is not supported; '
+            f'start vLLM servers and name them in sampling.servers, or set sampling.backend = "local"'
+        )
+    suits = recipe.student.lora_rank == 0 and run.processes.size == 1 and suits_vllm(model)
+    if sampling.backend == "vllm" or (sampling.backend == "auto" and suits):
         return VllmSampler(
             source,
             model,
