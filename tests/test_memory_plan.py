@@ -49,8 +49,15 @@ SEVEN_B = Qwen2Config(
 )
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize(
+    ("rank", "recomputes"),
+    [
+        (0, False),
+        pytest.param(0, True, marks=pytest.mark.slow),
+        (8, False),
+        pytest.param(8, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_takes_what_the_formula_says_within_a_tenth(rank: int, recomputes: bool) -> None:
     shape = Shape(prompts=14, group_size=4, prompt_tokens=40, response_tokens=20)
     predicted, measured = predicted_and_measured(SMALL, shape, rank, recomputes=recomputes)
@@ -209,6 +216,7 @@ def test_a_recipe_that_fits_is_told_part_by_part_without_a_run_folder(tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"model", "recipe.toml"}
 
 
+@pytest.mark.slow
 def test_what_suffices_is_named_and_does(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, SEVEN_B), ["engine.precision=bfloat16"])
     with pytest.raises(UserError, match="what suffices: ") as refusal:
