@@ -5,20 +5,11 @@ AdamW's moments included, of Llamas in random weights; predicted is the plan of 
 the smaller of the two by the larger. Nothing is timed, so one step is enough.
 """
 
-import gc
-from collections.abc import Callable
-from itertools import chain
-
-from torch import nn
-from transformers import PreTrainedModel
-
-from benchmarks.gad_step import CLIP_RANGE, KL_COEFFICIENT, LEARNING_RATE
-from benchmarks.memory import peak_bytes
 from benchmarks.result import Result
+from benchmarks.step_memory import step_bytes
 from benchmarks.subjects import (
     QUICK,
     SMOLLM2,
-    TEMPERATURE,
     TINY,
     Shape,
     Size,
@@ -26,16 +17,9 @@ from benchmarks.subjects import (
     new_model,
     new_renderer,
 )
-from gadfly.config import Optimizer
-from gadfly.discriminator import Discriminator, read_scores
-from gadfly.engine import Engine
-from gadfly.logprobs import LogprobReader
 from gadfly.lora import SharedBase
-from gadfly.losses import group_advantages
 from gadfly.memory_plan import Workload, plan_memory
 from gadfly.model_shape import shape_of
-from gadfly.objectives import discriminator_objective, grpo_objective
-from gadfly.stages.diagnostics import student_scores
 
 _SIZES = {
     "5M": Size(hidden=128, intermediate=384, layers=4, heads=4, key_heads=2, vocabulary=32768),
@@ -87,57 +71,8 @@ def predicted_and_measured(size: Size, shape: Shape, rank: int, *, recomputes: b
     if rank:
         base = SharedBase(models[0], new_renderer(size), _NAME, rank=rank, alpha=rank, seed=0)
         models = [base.language_model(_NAME) for _ in range(3)]
-    kept, step = _training(models, new_groups(shape, size), work.micro_batch_tokens, recomputes)
-    step()
-    gc.collect()
-    made = peak_bytes(step)
+    groups = new_groups(shape, size)
+    kept, made = step_bytes(models, groups, work.micro_batch_tokens, recomputes=recomputes)
     plan = plan_memory(work)
     updates = ("discriminator's update", "student's update")
-    return max(plan.phases[update] for update in updates), kept() + made
-
-
-def _training(
-    models: list[PreTrainedModel], groups: list, micro_batch_tokens: int, recomputes: bool
-) -> tuple[Callable[[], int], Callable[[], None]]:
-    """What counts the bytes that last, and a step as `stages/gad.py` makes it of responses that are there."""
-    student, reference, told = models
-    read = LogprobReader(TEMPERATURE, is_chunked=True)
-    writer = Engine(
-        student, read, micro_batch_tokens=micro_batch_tokens, optimizer=Optimizer(), recomputes=recomputes
-    )
-    frozen = Engine(reference, read, micro_batch_tokens=micro_batch_tokens)
-    scorer = Engine(
-        Discriminator(told.base_model, seed=0),
-        read_scores,
-        micro_batch_tokens=micro_batch_tokens,
-        optimizer=Optimizer(),
-        recomputes=recomputes,
-    )
-    students = [group.only_students() for group in groups]
-
-    def step() -> None:
-        scores, _ = scorer.forward_backward(groups, discriminator_objective(groups, "bradley_terry"))
-        advantages = group_advantages(student_scores(scores, groups)).flatten()
-        objective = grpo_objective(
-            students,
-            advantages,
-            frozen.forward(students),
-            clip_range=CLIP_RANGE,
-            kl_coefficient=KL_COEFFICIENT,
-        )
-        writer.forward_backward(students, objective)
-        for engine in (scorer, writer):
-            engine.clip_gradients()
-        for engine in (scorer, writer):
-            engine.step(LEARNING_RATE)
-
-    def kept() -> int:
-        modules: list[nn.Module] = [student, reference, scorer.model]
-        tensors = chain(
-            *(chain(module.parameters(), module.buffers()) for module in modules),
-            *(engine.optimizer_state().values() for engine in (writer, scorer)),
-        )
-        sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(sizes.values())
-
-    return kept, step
+    return max(plan.phases[update] for update in updates), kept + made

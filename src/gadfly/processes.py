@@ -2,7 +2,7 @@
 
 All of them run the same program on the same batches, so they come to the same calls in the same order. What
 differs is who does the work: reading and writing the run folder is the first process's (`once`), and forward
-passes and samples are dealt out (`share`) and put together again (`gather`).
+passes and samples are dealt out (`deal`) and put together again (`gather`).
 """
 
 from collections.abc import Callable, Sequence
