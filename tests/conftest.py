@@ -118,6 +118,8 @@ save_every = 2
 evaluate_every = 3
 [evaluation]
 prompts = 4
+[audit]
+allow = ["leak-into-test"]  # its test set is its training set
 """,
         encoding="utf-8",
     )

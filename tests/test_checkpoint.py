@@ -20,29 +20,30 @@ from gadfly.checkpoint import (
     checkpoint_steps,
     drop_checkpoints_after,
     latest_checkpoint,
-    load_tensors,
     open_checkpoint,
     point,
     prune_checkpoints,
     remove_unfinished,
     save_checkpoint,
-    save_tensors,
 )
 from gadfly.discriminator import load_discriminator, new_discriminator, save_discriminator
 from gadfly.errors import CheckpointError, RunFolderError
 from gadfly.groups import Branch, Group
+from gadfly.late_files import await_files
 from gadfly.models import load_language_model, save_language_model
+from gadfly.tensor_files import load_tensors, save_tensors
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 
-def write(folder: Path) -> None:
+def write(folder: Path) -> list[Path]:
     """A small stand-in for models and optimisers."""
     (folder / "student").mkdir()
     save_file({"w": torch.arange(6.0)}, folder / "student" / "model.safetensors")
     (folder / "student" / "config.json").write_text("{}")
     (folder / "trainer").mkdir()
-    save_tensors({"exp_avg.w": torch.ones(6), "step.w": torch.tensor(3.0)}, folder / "trainer" / "student")
+    state = {"exp_avg.w": torch.ones(6), "step.w": torch.tensor(3.0)}
+    return save_tensors(state, folder / "trainer" / "student")
 
 
 @pytest.fixture
@@ -79,9 +80,10 @@ def test_what_is_saved_is_what_is_opened(stage: Path) -> None:
 
 
 def test_equal_models_have_an_equal_digest_whatever_the_time(tmp_path: Path) -> None:
-    def write_other(folder: Path) -> None:
-        write(folder)
+    def write_other(folder: Path) -> list[Path]:
+        written = write(folder)
         save_file({"w": torch.zeros(6)}, folder / "student" / "model.safetensors")
+        return written
 
     saved = [save_checkpoint(tmp_path / f"{n}", 2, write, {"seconds": float(n)}) for n in range(6)]
     assert len({checkpoint.digest for checkpoint in saved}) == 1
@@ -184,7 +186,7 @@ def test_other_folders_of_a_stage_are_left_alone(stage: Path) -> None:
 def test_a_full_disk_leaves_earlier_checkpoints_untouched(stage: Path, failure: Exception) -> None:
     before = contents(stage)
 
-    def write_half(folder: Path) -> None:
+    def write_half(folder: Path) -> list[Path]:
         write(folder)
         raise failure
 
@@ -203,7 +205,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_untouched(stage: Path, failure: 
 def test_a_bug_while_saving_stays_a_bug_and_leaves_nothing_behind(stage: Path) -> None:
     before = contents(stage)
 
-    def write_wrong(folder: Path) -> None:
+    def write_wrong(folder: Path) -> list[Path]:
         write(folder)
         raise ZeroDivisionError
 
@@ -218,10 +220,11 @@ def test_whatever_part_the_disk_has_no_room_for_is_a_users_error(stage: Path, ti
     code = """
         import resource, sys
         from pathlib import Path
-        from gadfly.checkpoint import save_checkpoint, save_tensors
+        from gadfly.checkpoint import save_checkpoint
         from gadfly.discriminator import new_discriminator, save_discriminator
         from gadfly.errors import RunFolderError
         from gadfly.models import load_language_model, save_language_model
+        from gadfly.tensor_files import save_tensors
 
         stage, tiny, *parts = sys.argv[1:]
         model, renderer = load_language_model(tiny, "float32")
@@ -237,7 +240,7 @@ def test_whatever_part_the_disk_has_no_room_for_is_a_users_error(stage: Path, ti
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             for part in parts:
                 try:
-                    save_checkpoint(Path(stage), 8, write[part], {})
+                    save_checkpoint(Path(stage), 8, lambda folder: write[part](folder) or [], {})
                 except RunFolderError as refusal:
                     print(refusal)
     """
@@ -251,6 +254,19 @@ def test_whatever_part_the_disk_has_no_room_for_is_a_users_error(stage: Path, ti
         assert line.startswith(f"{stage / 'step-000008'}: the checkpoint could not be written (")
         assert "earlier ones are untouched" in line
     assert contents(stage) == before
+
+
+@pytest.mark.slow
+def test_a_file_of_another_machine_that_never_comes_is_named(tmp_path: Path) -> None:
+    (tmp_path / "whole").write_bytes(b"12345")
+    await_files(tmp_path, {"whole": 5})
+    (tmp_path / "half").write_bytes(b"12")
+    with pytest.raises(RunFolderError) as refused:
+        await_files(tmp_path, {"whole": 5, "half": 4000})
+    assert str(refused.value) == (
+        f"{tmp_path / 'half'}: 2 of the 4,000 bytes that another process wrote are seen here after 90 s; "
+        f"put the run folder where all machines see the same"
+    )
 
 
 def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path: Path) -> None:
@@ -306,6 +322,11 @@ def test_tensors_are_read_into_place(tmp_path: Path) -> None:
     for name, tensor in saved.items():
         assert torch.equal(read[name], tensor)
         assert read[name].data_ptr() == places[name]
+
+
+def test_who_saves_tensors_learns_which_files_they_are_in(tmp_path: Path) -> None:
+    written = save_tensors({"a": torch.ones(2), "b": torch.zeros(3)}, tmp_path / "tensors")
+    assert written == list((tmp_path / "tensors").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -369,11 +390,12 @@ def test_student_and_discriminator_open_as_what_they_are(tmp_path: Path, tiny_mo
         for parameter in student.parameters():
             parameter.mul_(1.5)
 
-    def write_models(folder: Path) -> None:
+    def write_models(folder: Path) -> list[Path]:
         save_language_model(student, renderer.tokenizer, folder / "student")
         save_discriminator(
             discriminator, renderer, folder / "discriminator", [Group("a", prompt, teachers=(answer,))]
         )
+        return []
 
     checkpoint = save_checkpoint(tmp_path / "gad", 2, write_models, {})
     opened = AutoModelForCausalLM.from_pretrained(checkpoint.path / "student")

@@ -18,6 +18,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 COMMANDS = (
     "run",
     "collect",
+    "audit",
+    "audit-warmup",
     "seqkd",
     "warmup",
     "gad",

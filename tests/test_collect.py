@@ -706,8 +706,10 @@ def test_a_whole_run_collects_and_trains_on_it(desk: Desk, tiny_model: Path) -> 
 
     steps = "max_steps = 1\nbatch_prompts = 4"
     more = (
-        f"[sampling]\nmax_response_tokens = 8\n[evaluation]\nprompts = 2\n[seqkd]\n{steps}\n"
-        f"[warmup]\n{steps}\ngroup_size = 2\ndiscriminator_only_steps = 1\n[gad]\n{steps}\ngroup_size = 2\n"
+        "[sampling]\nmax_response_tokens = 8\n[audit]\nallow = ['cap-cuts-teacher']\n"
+        "[evaluation]\nprompts = 2\n"
+        f"[seqkd]\n{steps}\n[warmup]\n{steps}\ngroup_size = 2\ndiscriminator_only_steps = 1\n"
+        f"[gad]\n{steps}\ngroup_size = 2\n"
     )
     with FaultServer() as server:
         desk.write(server.base_url, 12, more=more)

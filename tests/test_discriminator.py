@@ -1,13 +1,16 @@
 """What the discriminator reads, where it reads it, and that a loaded one is the one that was saved."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from side_by_side import side_by_side
 from tiny import forgetful_folder, random_groups
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
@@ -23,7 +26,12 @@ from gadfly.discriminator import (
 from gadfly.engine import Engine
 from gadfly.errors import CheckpointError, UserError
 from gadfly.groups import Branch, Group, reread, teacher_group
+from gadfly.packing import MicroBatch
+from gadfly.processes import Processes
+from gadfly.recipe_file import load_recipe
 from gadfly.records import Message, Row, TeacherResponse
+from gadfly.stages.roles import open_discriminator, open_student
+from gadfly.stages.run import open_run
 
 ROW = Row(
     "7", (Message("user", "hi"),), (TeacherResponse("well then"), TeacherResponse("no", finished=False))
@@ -205,31 +213,99 @@ def test_the_backbone_is_an_ordinary_hugging_face_folder(saved: Path) -> None:
         assert torch.equal(backbone.state_dict()[name], value)
 
 
-def test_a_random_head_is_refused_at_load(saved: Path) -> None:
+def draw_head(saved: Path) -> None:
     head = {
         name: torch.randn(value.shape, generator=torch.Generator().manual_seed(0)) * 0.02
         for name, value in load_file(saved / "score_head.safetensors").items()
     }
     save_file(head, saved / "score_head.safetensors")
-    with pytest.raises(CheckpointError, match="probe text 0 scores"):
-        load_discriminator(saved)
 
 
-def test_edited_weights_are_refused_at_load(saved: Path) -> None:
+def edit_weights(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
     tensors["layers.0.self_attn.v_proj.weight"] *= -1
     save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="not those that were saved"):
-        load_discriminator(saved)
 
 
-def test_another_tokenizer_is_refused_at_load(saved: Path) -> None:
+def swap_letters(saved: Path) -> None:
     tokenizer = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["e"], vocabulary["q"] = vocabulary["q"], vocabulary["e"]
     (saved / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="tokenizer is not the one that was saved"):
+
+
+DAMAGES = [
+    (draw_head, "probe text 0 scores"),
+    (edit_weights, "not those that were saved"),
+    (swap_letters, "tokenizer is not the one that was saved"),
+]
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGES)
+def test_another_head_other_weights_and_another_tokenizer_are_refused_at_load(
+    damage: Callable[[Path], None], told: str, saved: Path
+) -> None:
+    damage(saved)
+    with pytest.raises(CheckpointError, match=told):
         load_discriminator(saved)
+
+
+def open_role(processes: Processes, recipe: Path, saved: Path, model: Path) -> tuple[str, int]:
+    """What a stage is told when it opens the discriminator, and how often this process reads with it."""
+    reads = 0
+
+    def counted(module: torch.nn.Module, batch: tuple[MicroBatch]) -> None:
+        nonlocal reads
+        reads += isinstance(module, Discriminator)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(counted)
+    with open_run(load_recipe(recipe), processes) as run:
+        student = open_student(run, model, temperature=1.0)
+        try:
+            open_discriminator(run, saved, model, None, student)
+        except CheckpointError as refusal:
+            return str(refusal), reads
+        finally:
+            hook.remove()
+    return "", reads
+
+
+def open_roles(processes: Processes, recipe: Path, saved: list[Path], model: Path) -> list[tuple[str, int]]:
+    return [open_role(processes, recipe, folder, model) for folder in saved]
+
+
+def test_a_stage_opens_what_was_saved_and_refuses_anything_else(
+    recipe_file: Path, saved: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    # Both probe texts are of one pass.
+    assert open_role(Processes(), recipe_file, saved, tiny_model) == ("", 1)
+    for damage, told in DAMAGES:
+        altered = shutil.copytree(saved, tmp_path / damage.__name__)
+        damage(altered)
+        refusal, _ = open_role(Processes(), recipe_file, altered, tiny_model)
+        assert re.search(told, refusal)
+        with pytest.raises(CheckpointError, match=re.escape(refusal)):
+            load_discriminator(altered)
+
+
+def test_many_processes_score_the_probe_together_and_refuse_alike(
+    recipe_file: Path, saved: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    edited = shutil.copytree(saved, tmp_path / "edited")
+    edit_weights(edited)
+    first, second = side_by_side(open_roles, recipe_file, [saved, edited], tiny_model)
+    assert first == second
+    # A text each; every process by itself would take both.
+    assert first[0] == ("", 1)
+    with pytest.raises(CheckpointError, match=re.escape(first[1][0])):
+        load_discriminator(edited)
+
+
+def test_a_discriminator_that_was_saved_without_texts_is_opened(tiny_model: Path, tmp_path: Path) -> None:
+    model, renderer = new_discriminator(str(tiny_model), "float32", seed=1)
+    save_discriminator(model, renderer, tmp_path, [])
+    again, _ = load_discriminator(tmp_path)
+    assert torch.equal(again.score_head.weight, model.score_head.weight)
 
 
 def test_a_language_model_is_no_discriminator(tiny_model: Path) -> None:

@@ -288,7 +288,7 @@ def test_a_loss_that_is_not_finite_alarms_and_changes_nothing(student: PreTraine
         hit = any(SFT[index].id == poisoned for index in batch.group_index.tolist())
         return objective(now, batch) * (math.inf if hit else 1)
 
-    with pytest.raises(AlarmError, match=rf"the loss is inf \(prompts .*{poisoned}"):
+    with pytest.raises(AlarmError, match=rf"the loss is inf \(prompts .*{poisoned}.*; nothing was updated$"):
         engine.forward_backward(SFT, spoiled)
     assert same(weights(engine), before)
     # Nothing of the failed pass is left: the next one has its own gradients alone.
@@ -307,7 +307,7 @@ def test_a_gradient_that_is_not_finite_alarms_and_changes_nothing(student: PreTr
         return (now.values - now.values.detach()).sum().abs().sqrt()
 
     engine.forward_backward(SFT, kinked)
-    with pytest.raises(AlarmError, match="gradient norm is"):
+    with pytest.raises(AlarmError, match=r"^the gradient norm is .*; nothing was updated$"):
         engine.clip_gradients()
     engine.step(1e-3)
     assert same(weights(engine), before)

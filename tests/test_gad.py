@@ -3,10 +3,13 @@
 Here SeqKD and GAD; warmup is in `test_warmup.py`, which borrows the twin's parts.
 """
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -129,7 +132,88 @@ def test_seqkd_is_the_token_mean_of_the_teachers_surprise(recipe_file: Path) -> 
     assert_same_weights(model, run.folder.stage("seqkd") / "latest" / "student" / "model.safetensors")
 
 
+class ReplayTwin:
+    """All that was ever scored, and what is drawn from it: two of each step kept, two drawn."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.kept: list[tuple[int, Any]] = []
+
+    def some(self, count: int, step: int, purpose: bytes) -> list[int]:
+        order = np.random.default_rng([self.seed, *purpose, step]).permutation(count)
+        return sorted(order[:2].tolist())
+
+    def drawn(self, step: int, steps: int) -> list[Any]:
+        own = [entry for at, entry in self.kept if at >= step - steps]
+        return [own[place] for place in self.some(len(own), step, b"drawn")]
+
+    def keep(self, step: int, entries: list[Any]) -> None:
+        self.kept += [(step, entries[place]) for place in self.some(len(entries), step, b"kept")]
+
+
+def advantages(rewards: Sequence[float]) -> list[float]:
+    mean = sum(rewards) / len(rewards)
+    deviation = (sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)) ** 0.5
+    return [(reward - mean) / (deviation + 1e-6) for reward in rewards]
+
+
+def sample_text(tokenizer: Any, sample: Sample) -> str:
+    return tokenizer.decode(sample.tokens[:-1] if sample.finished else sample.tokens)
+
+
+def distance_from_six(prompt: str, responses: Sequence[str], teachers: Sequence[str]) -> list[float]:
+    assert all(text.endswith("ok") for text in teachers)
+    return [-abs(len(text) - 6 - len(prompt)) for text in responses]
+
+
+@pytest.fixture
+def two_teachers(tmp_path: Path) -> Path:
+    """Twenty prompts with an answer of each of two teachers, and a third one's that is not wanted."""
+    rows = [
+        {
+            "id": f"p{n}",
+            "prompt": f"say {n}",
+            "responses": [f"{n} ok", f"no {n}", f"{n}, ok"],
+            "teacher": ["one", "none", "two"],
+        }
+        for n in range(20)
+    ]
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def test_gad_is_algorithm_1(recipe_file: Path) -> None:
+    assert_gad_is_the_twins(recipe_file, [])
+
+
+def test_gad_with_every_option_is_what_the_options_say(recipe_file: Path, two_teachers: Path) -> None:
+    options = [
+        f"data.train={two_teachers}",
+        "data.teachers={one = 1.0, two = 0.25}",
+        "discriminator.centring=0.3",
+        "gad.reward=log_sigmoid",
+        'gad.rewards={distance = {function = "unread.py:distance", weight = 0.5}}',
+        "gad.replay=2",
+        "gad.replay_steps=2",
+    ]
+    logged = assert_gad_is_the_twins(recipe_file, options)
+    for row in logged:
+        shares = [value for name, value in row.items() if name.startswith("detail/reward_share/")]
+        assert len(shares) == 2
+        assert sum(shares) == pytest.approx(1)
+        told = [row["detail/accuracy/one"], row["detail/accuracy/two"]]
+        assert row["discriminator/accuracy"] == pytest.approx(sum(told) / 2)
+
+
+def test_a_discriminator_that_moves_at_every_second_step_is_the_reward_at_all(recipe_file: Path) -> None:
+    logged = assert_gad_is_the_twins(recipe_file, ["gad.discriminator_every=2", "gad.replay=2"])
+    assert [row["detail/discriminator_skipped"] for row in logged] == [1, 0, 1]
+    assert ["discriminator/grad_norm" in row for row in logged] == [False, True, False]
+
+
+def assert_gad_is_the_twins(recipe_file: Path, options: list[str]) -> list[dict[str, Any]]:
+    """Compare weights and rates; the metrics of the steps."""
     discriminator_rate = 2e-3
     settings = [
         "student.dtype=float64",
@@ -140,8 +224,10 @@ def test_gad_is_algorithm_1(recipe_file: Path) -> None:
         f"gad.discriminator_learning_rate={discriminator_rate}",
         f"sampling.temperature={TEMPERATURE}",
         "engine.micro_batch_tokens=200",
+        *options,
     ]
-    with open_run(load_recipe(recipe_file, settings)) as run:
+    functions = {"distance": distance_from_six}
+    with open_run(load_recipe(recipe_file, settings), reward_functions=functions) as run:
         warmup(run)
         gad(run)
         recipe, rows = run.recipe, run.data.train
@@ -157,42 +243,61 @@ def test_gad_is_algorithm_1(recipe_file: Path) -> None:
     head.load_state_dict(load_file(start / "discriminator" / "score_head.safetensors"))
     discriminator = DiscriminatorTwin(backbone, head, tokenizer, recipe.discriminator)
     batches = Batches(as_examples(rows), recipe.gad.batch_prompts, recipe.seed, "gad")
-    group_size = recipe.gad.group_size
+    group_size, weights = recipe.gad.group_size, recipe.data.teachers
     rates = [recipe.gad.learning_rate * share for share in COSINE]
+    replay = ReplayTwin(recipe.seed)
 
     for step in range(1, STEPS + 1):
-        pairs, policy_terms, kl_terms = [], [], []
+        policy_terms, kl_terms, fresh = [], [], []
         for row in (example.row for example in batches(step)):
             prompt = prompt_ids(tokenizer, row.prompt)
             stream = f"{recipe.seed}\x00gad/{step}\x00{row.id}"
             samples = draw(student.model, prompt, group_size, stream, TEMPERATURE)
-            scores = discriminator.sample_scores(prompt, samples)
-            pairs += pair_losses(discriminator.score(prompt, row.responses[0].text, True), scores)
-            rewards = [score.item() for score in scores]
-            mean = sum(rewards) / group_size
-            deviation = (sum((reward - mean) ** 2 for reward in rewards) / (group_size - 1)) ** 0.5
-            for sample, reward in zip(samples, rewards, strict=True):
-                advantage = (reward - mean) / (deviation + 1e-6)
+            fresh.append((row, prompt, samples))
+            rewards = [score.item() for score in discriminator.sample_scores(prompt, samples)]
+            if recipe.gad.reward == "log_sigmoid":
+                rewards = [-math.log1p(math.exp(-reward)) for reward in rewards]
+            merits = advantages(rewards)
+            for name, reward in recipe.gad.rewards.items():
+                texts = [sample_text(tokenizer, sample) for sample in samples]
+                own = functions[name](row.prompt, texts, [response.text for response in row.responses])
+                merits = [a + reward.weight * b for a, b in zip(merits, advantages(own), strict=True)]
+            for sample, merit in zip(samples, merits, strict=True):
                 with torch.no_grad():
                     anchors = token_logprobs(reference, prompt, sample.tokens, TEMPERATURE)
                 for now, anchor in zip(
                     token_logprobs(student.model, prompt, sample.tokens, TEMPERATURE), anchors, strict=True
                 ):
-                    policy_terms.append(-advantage * torch.exp(now - now.detach()))
+                    policy_terms.append(-merit * torch.exp(now - now.detach()))
                     kl_terms.append(torch.exp(anchor - now) - (anchor - now) - 1)
-        (sum(pairs) / len(pairs)).backward()
         (sum(policy_terms) / len(policy_terms) + KL * sum(kl_terms) / len(kl_terms)).backward()
-        discriminator.step(discriminator_rate)
+        if step % recipe.gad.discriminator_every == 0:
+            earlier = replay.drawn(step, recipe.gad.replay_steps) if recipe.gad.replay else []
+            total = norm = squares = count = 0
+            for row, prompt, samples in [*fresh, *earlier]:
+                scores = discriminator.sample_scores(prompt, samples)
+                for response in row.responses:
+                    teacher = discriminator.score(prompt, response.text, True)
+                    weight = weights.get(response.teacher, 1.0)
+                    total += weight * sum(pair_losses(teacher, scores))
+                    norm += weight * group_size
+                    squares, count = squares + teacher**2, count + 1
+                squares, count = squares + sum(score**2 for score in scores), count + group_size
+            (total / norm + recipe.discriminator.centring * squares / count).backward()
+            discriminator.step(discriminator_rate)
+        replay.keep(step, fresh)
         student.step(rates[step - 1])
 
     end = run.folder.stage("gad") / "latest"
     assert_same_weights(student.model, end / "student" / "model.safetensors")
     assert_same_weights(backbone, end / "discriminator" / "model.safetensors")
+    # The mean square moves the head's bias, which pairs do not.
     assert_same_weights(head, end / "discriminator" / "score_head.safetensors")
-    assert [row["detail/learning_rate"] for row in logged if "student/loss" in row] == pytest.approx(rates)
-    assert {row["detail/discriminator_learning_rate"] for row in logged if "student/loss" in row} == {
-        discriminator_rate
-    }
+    steps = [row for row in logged if "student/loss" in row]
+    assert [row["detail/learning_rate"] for row in steps] == pytest.approx(rates)
+    told = [row["detail/discriminator_learning_rate"] for row in steps if "discriminator/loss" in row]
+    assert set(told) == {discriminator_rate}
+    return steps
 
 
 def test_without_a_kl_coefficient_no_reference_is_read(recipe_file: Path) -> None:

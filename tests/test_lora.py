@@ -40,6 +40,9 @@ RANK, ALPHA = 3, 12
 GROUPS = random_groups(0, 4)
 STUDENT_GROUPS = [group.only_students() for group in GROUPS]
 LORA = ["student.lora_rank=4"]
+ROW = Row(
+    "7", (Message("user", "hi"),), (TeacherResponse("well then"), TeacherResponse("no", finished=False))
+)
 
 
 def shared_base(folder: Path, dtype: str = "float64", *, rank: int = RANK, alpha: int = ALPHA) -> SharedBase:
@@ -275,10 +278,7 @@ def test_a_saved_discriminator_opens_as_an_adapter_and_merged(
     tiny_model: Path, tmp_path: Path, base: SharedBase
 ) -> None:
     model = Discriminator(shaken(base.decoder(str(tiny_model)), 1), seed=0).eval()
-    row = Row(
-        "7", (Message("user", "hi"),), (TeacherResponse("well then"), TeacherResponse("no", finished=False))
-    )
-    save_discriminator(model, base.renderer, tmp_path, [teacher_group(row, base.renderer, 20)])
+    save_discriminator(model, base.renderer, tmp_path, [teacher_group(ROW, base.renderer, 20)])
     told = only_batch(GROUPS)
     again, _ = load_discriminator(tmp_path, "float64", base)
     assert torch.equal(again(told), model(told))
@@ -291,6 +291,27 @@ def test_a_saved_discriminator_opens_as_an_adapter_and_merged(
     assert adapter.exists()
     with pytest.raises(CheckpointError, match="not those that were saved"):
         load_discriminator(tmp_path, "float64", base)
+
+
+def test_what_is_put_together_for_a_save_is_the_adapter_alone_and_gives_the_same_files(
+    tiny_model: Path, tmp_path: Path, base: SharedBase
+) -> None:
+    student = shaken(base.language_model(str(tiny_model)), 1)
+    model = Discriminator(shaken(base.decoder(str(tiny_model)), 2), seed=0)
+    probe = [teacher_group(ROW, base.renderer, 20)]
+    states = []
+    for role, read in ((student, LogprobReader()), (model, read_scores)):
+        engine = Engine(role, read, micro_batch_tokens=100, optimizer=Optimizer())
+        states.append(engine.whole_state())
+        assert states[-1].keys() == {name for name, _ in trained(role)}
+    save_language_model(student, base.renderer.tokenizer, tmp_path / "all" / "student")
+    save_language_model(student, base.renderer.tokenizer, tmp_path / "own" / "student", states[0])
+    save_discriminator(model, base.renderer, tmp_path / "all" / "told", probe)
+    save_discriminator(model, base.renderer, tmp_path / "own" / "told", probe, state=states[1])
+    files = [file.relative_to(tmp_path / "all") for file in (tmp_path / "all").rglob("*") if file.is_file()]
+    assert {file.name for file in files} >= {"adapter_model.safetensors", "score_head.safetensors"}
+    for file in files:
+        assert (tmp_path / "own" / file).read_bytes() == (tmp_path / "all" / file).read_bytes(), file
 
 
 def test_what_is_no_adapter_of_the_model_is_refused_in_one_line(

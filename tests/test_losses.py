@@ -130,7 +130,56 @@ def test_far_scores_cost_their_difference_and_not_infinity() -> None:
     assert float(loss) == 1000.0
 
 
+def test_a_pair_counts_as_much_as_its_teacher_response() -> None:
+    groups = torch.tensor([0, 0, 0, 1, 1])
+    is_teacher = torch.tensor([True, True, False, True, False])
+    scores, weights = rows(1, 0, 0, 2, 0), rows(0.5, 2, 1, 1, 1)
+    # Differences 1, 0 and 2, which count 0.5, 2 and 1.
+    worked = (0.5 * 0.31326169 + 2 * 0.69314718 + 0.12692801) / 3.5
+    loss = losses.bradley_terry_loss(scores, groups, is_teacher, num_pairs=3.5, weights=weights)
+    assert float(loss) == pytest.approx(worked, abs=1e-7)
+    # -log sigmoid of 1, 0 and 2 for the teacher, each with log 2 for the student.
+    worked = worked + 0.69314718
+    loss = losses.cross_entropy_loss(scores, groups, is_teacher, num_pairs=3.5, weights=weights)
+    assert float(loss) == pytest.approx(worked, abs=1e-7)
+
+
+def test_weights_of_one_change_no_bit() -> None:
+    scores, group_index, is_teacher, num_pairs = random_scores(3)
+    for loss in (losses.bradley_terry_loss, losses.cross_entropy_loss):
+        plain = loss(scores, group_index, is_teacher, num_pairs=num_pairs)
+        weighted = loss(
+            scores,
+            group_index,
+            is_teacher,
+            num_pairs=float(num_pairs),
+            weights=torch.ones_like(scores),
+        )
+        assert plain.equal(weighted)
+
+
+def test_centring_is_the_mean_square_of_all_scores_and_shares_of_micro_batches_add_up() -> None:
+    assert float(losses.centring_loss(rows(3, -1, 2), num_rows=3)) == pytest.approx(14 / 3)
+    parts = losses.centring_loss(rows(3), num_rows=3) + losses.centring_loss(rows(-1, 2), num_rows=3)
+    assert float(parts) == pytest.approx(14 / 3)
+
+
 # Advantages
+
+
+def test_a_bounded_reward_is_log_sigmoid_and_tells_high_scores_apart() -> None:
+    rewards = losses.bounded_reward(torch.tensor([[-100.0, 0.0, 20.0, 21.0]]))
+    assert rewards[0, :2].tolist() == pytest.approx([-100, -0.69314718], abs=1e-7)
+    assert float(rewards[0, 2]) < float(rewards[0, 3]) < 0
+
+
+def test_shares_of_variance_add_up_to_one_and_count_what_parts_have_in_common() -> None:
+    one, other = rows(1, -1, 1, -1)[None], rows(1, 1, -1, -1)[None]
+    assert losses.variance_shares([one, other]) == pytest.approx([0.5, 0.5])
+    assert losses.variance_shares([one, 2 * other]) == pytest.approx([0.2, 0.8])
+    assert losses.variance_shares([one, one]) == pytest.approx([0.5, 0.5])
+    assert losses.variance_shares([one, -0.5 * one]) == pytest.approx([2, -1])
+    assert losses.variance_shares([one, -one]) == []
 
 
 def test_advantages_divide_by_the_sample_standard_deviation() -> None:
@@ -192,6 +241,13 @@ def test_sft_is_the_mean_over_tokens_and_not_over_responses() -> None:
     logprobs = torch.tensor([[-1.0, -2.0, -6.0], [-5.0, 99.0, 99.0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     assert float(losses.sft_loss(logprobs, mask, num_tokens=4)) == 14 / 4
+
+
+def test_the_tokens_of_a_row_count_by_its_weight() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0], [-5.0, 99.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    loss = losses.sft_loss(logprobs, mask, num_tokens=2.5, weights=torch.tensor([1.0, 0.5]))
+    assert float(loss) == pytest.approx((1 + 2 + 0.5 * 5) / 2.5)
 
 
 def test_the_ratio_is_clipped_where_the_advantage_would_push_it_further_and_only_there() -> None:

@@ -20,7 +20,7 @@ from gadfly.activations import Packed, Passes, backward_bytes, head_bytes, kept_
 from gadfly.cli import app
 from gadfly.errors import ConfigError, UserError
 from gadfly.logprobs import chunked_logprobs
-from gadfly.memory_plan import Workload, plan_memory, smallest_number_of_gpus
+from gadfly.memory_plan import Workload, background_bytes, plan_memory, smallest_number_of_gpus
 from gadfly.model_shape import read_shape, shape_of
 from gadfly.recipe_file import load_recipe
 from gadfly.stages.plan import parse_size, plan
@@ -109,6 +109,15 @@ def test_weights_and_optimisers_are_those_counted_by_hand() -> None:
     adapters = plan_memory(Workload(shape, shape, lora_rank=3, weight_bytes=2))
     assert adapters.lasting["frozen model"] == 2 * 1160
     assert adapters.lasting["student"] == 4 * shape.adapter_parameters(3)
+
+
+def test_a_background_checkpoint_is_copied_whole_by_one_process_and_moments_by_each() -> None:
+    shape = shape_of(BY_HAND)
+    weights = 4 * (1160 + 1080)
+    assert background_bytes(Workload(shape, shape)) == (3 * weights, 2 * weights)
+    assert background_bytes(Workload(shape, shape, gpus=4)) == (1.5 * weights, 0.5 * weights)
+    adapters = 4 * 2 * shape.adapter_parameters(3)
+    assert background_bytes(Workload(shape, shape, lora_rank=3, weight_bytes=2))[0] == 3 * adapters
 
 
 @given(
@@ -214,6 +223,17 @@ def test_a_recipe_that_fits_is_told_part_by_part_without_a_run_folder(tmp_path: 
     assert "AdamW's moments" in done.output
     assert "estimated as" not in done.output
     assert {path.name for path in tmp_path.iterdir()} == {"model", "recipe.toml"}
+
+
+def test_host_memory_is_told_where_checkpoints_are_written_in_the_background(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, SEVEN_B)
+    assert "host memory" not in plan(load_recipe(path), 8, "800GB")
+    recipe = load_recipe(path, ["checkpoints.in_background=true"])
+    # 7.6 and, without the map to logits, 7.1 billion weights in single precision, and two moments of each.
+    told = "host memory for background checkpoints: 176 GB in the first process"
+    assert told in plan(recipe, 1, "800GB").splitlines()
+    told = "host memory for background checkpoints: 73.4 GB in the first process, 14.7 GB in each other"
+    assert told in plan(recipe, 8, "800GB").splitlines()
 
 
 @pytest.mark.slow

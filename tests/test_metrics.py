@@ -1,4 +1,4 @@
-"""In-group ranking against ROUGE-L: Spearman's rank correlation, group by group, where there is an order."""
+"""The headlines, and in-group ranking against ROUGE-L: Spearman's rank correlation in a group."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from gadfly.groups import Branch, Group
+from gadfly.metrics import HEADLINES
 from gadfly.recipe_file import load_recipe
 from gadfly.stages.diagnostics import Metrics, ranking_metrics
 from gadfly.stages.gad import gad
@@ -35,6 +36,12 @@ def first_words(count: int) -> str:
 
 def ranking(scores: list[list[float]], groups: list[Group]) -> Metrics:
     return ranking_metrics(torch.tensor(scores), groups)
+
+
+def test_headlines_are_few_and_each_says_what_it_means_and_what_bad_looks_like() -> None:
+    assert 15 <= len({metric.name for metric in HEADLINES}) == len(HEADLINES) <= 22
+    assert {metric.name.split("/")[0] for metric in HEADLINES}.isdisjoint({"detail", "time"})
+    assert all(metric.label and metric.meaning and metric.bad for metric in HEADLINES)
 
 
 def test_scores_in_the_order_of_the_overlap_correlate_fully_whatever_their_size() -> None:

@@ -1,10 +1,13 @@
 """Many processes are one: the same numbers, one voice, and an end to every wait."""
 
+import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed import HashStore
 
+from gadfly.checkpoint import open_checkpoint
+from gadfly.end_requests import EndRequests
+from gadfly.heartbeats import Heartbeats, Status
 from gadfly.metrics import without_time
 from gadfly.processes import Processes, deal
 
@@ -37,6 +44,33 @@ def done(command: list[str], *, code: int = 0) -> subprocess.CompletedProcess[st
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
     assert ended.returncode == code, ended.stderr[-4000:]
     return ended
+
+
+def ranks_do(size: int, folder: Path, work: str) -> list[str]:
+    """The lines that so many processes print, of which each does `work(ranks)` in a folder."""
+    program = f"""
+import os
+from gadfly.errors import GadflyError
+from gadfly.ranks import open_ranks
+
+{textwrap.dedent(work)}
+
+def end(line):
+    print(line, flush=True)
+    os._exit(5)
+
+try:
+    with open_ranks(end) as ranks:
+        work(ranks)
+except GadflyError as error:
+    if not error.is_told:
+        print(error)
+"""
+    (folder / "program.py").write_text(program, encoding="utf-8")
+    command = torchrun(size, program=(folder / "program.py",))
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return ended.stdout.splitlines()
 
 
 def run_on(size: int, recipe: Path, folder: Path, *overrides: str, stage: str = "run") -> Path:
@@ -149,15 +183,17 @@ def test_a_run_that_two_processes_saved_goes_on_with_another_number(
     assert_same_run(whole, run_on(size, recipe_file, other))
 
 
-def faulty(recipe: Path, folder: Path, fault: str, *, rank: int, at: int) -> tuple[list[str], float]:
-    """A run on two processes with a fault; gives what was told, and seconds from the fault to the end."""
+def faulty(
+    recipe: Path, folder: Path, fault: str, *, rank: int, at: int, size: int = 2, code: int = 1
+) -> tuple[list[str], float]:
+    """A run with a fault; gives what was told of ranks, and seconds from the fault to the end."""
     program = (FAULTY, fault, rank, at)
     options = (EXACT, f"run_folder={folder}", "engine.timeout_seconds=15")
-    ended = done(torchrun(2, "run", recipe, *options, program=program), code=1)
-    seconds = (
-        time.time() - float(found[1]) if (found := re.search(r"^fault (\S+)$", ended.stderr, re.M)) else 0.0
-    )
-    return [line for line in ended.stderr.splitlines() if re.search(r"rank \d (is|has) ", line)], seconds
+    ended = done(torchrun(size, "run", recipe, *options, program=program), code=code)
+    found = re.search(r"^fault (\S+)$", ended.stderr, re.M)
+    assert found is not None, "it has not come to the fault"
+    seconds = time.time() - float(found[1])
+    return [line for line in ended.stderr.splitlines() if re.search(r"rank \d .*(is|has) ", line)], seconds
 
 
 @pytest.mark.slow
@@ -169,7 +205,6 @@ def faulty(recipe: Path, folder: Path, fault: str, *, rank: int, at: int) -> tup
         ("die-in-save", 1, 2, r"^seqkd step 4: rank 1 is gone .*; rank 0 waited for .*checkpoint", 20),
         ("die-in-hand-over", 1, 400, r"rank 1 is gone .*; rank 0 waited for the hand-over of model\.", 20),
         ("hang-in-step", 1, 9, r"^warmup step \d: rank 1 is stuck \(for 15 s, .*; rank 0 waited for ", 35),
-        ("other-code", 1, 0, r"^code of gadfly: rank 1 has another, rank 0 has \w+; install", 60),
     ],
 )
 def test_a_rank_that_fails_ends_the_run_in_one_line(
@@ -183,6 +218,45 @@ def test_a_rank_that_fails_ends_the_run_in_one_line(
     # Whatever is in its place is whole.
     for checkpoint in folder.glob("*/step-*"):
         assert (checkpoint / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_is_named_while_all_others_are_deaf_to_signals(recipe_file: Path, tmp_path: Path) -> None:
+    lines, seconds = faulty(recipe_file, tmp_path / "run", "die-in-deaf-step", rank=1, at=2, size=3)
+    assert len(lines) == 1, lines
+    assert re.search(r"^seqkd step 2: rank 1 is gone .*; rank [02] waited for ", lines[0])
+    # The launcher kills what has not ended 30 s after it was asked to.
+    assert seconds < 15
+
+
+@pytest.mark.slow
+def test_processes_end_without_their_launcher(recipe_file: Path, tmp_path: Path) -> None:
+    code = -signal.SIGKILL
+    lines, seconds = faulty(
+        recipe_file, tmp_path / "run", "kill-launcher-in-deaf-step", rank=1, at=2, code=code
+    )
+    # Nothing is left by which they could agree on who tells it.
+    assert 1 <= len(lines) <= 2, lines
+    for line in lines:
+        assert re.search(r"^seqkd step 2: rank 0 or the launcher is gone; rank [01] waited for ", line)
+    assert seconds < 15
+
+
+def test_a_failure_while_ranks_join_ends_the_others_too(recipe_file: Path, tmp_path: Path) -> None:
+    lines, seconds = faulty(recipe_file, tmp_path / "run", "fail-in-new-group", rank=1, at=1)
+    assert lines == []
+    assert seconds < 15
+
+
+def test_other_code_on_a_rank_is_refused_before_anything_is_written(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    options = (recipe_file, f"run_folder={tmp_path / 'run'}")
+    ended = done(torchrun(2, "run", *options, program=(FAULTY, "other-code", 1, 0)), code=1)
+    lines = [line for line in ended.stderr.splitlines() if "code of gadfly" in line]
+    assert len(lines) == 1, lines
+    assert re.search(r"^code of gadfly: rank 1 has another, rank 0 has \w+; install", lines[0])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -217,3 +291,180 @@ def test_the_teacher_is_asked_once_however_many_processes_there_are(
         assert sorted(server.ledger.paid.values()) == [1] * 6
     assert len(rows(tmp_path / "runs" / "test", "teacher.jsonl")) == 6
     assert ended.stdout.count("collect: done") == 1
+
+
+def test_a_rank_that_makes_progress_is_not_stuck() -> None:
+    store, told = HashStore(), []
+    statuses = [Status("gad step 7"), Status("gad step 7")]
+    for status in statuses:
+        status.note("sampling")
+    statuses[0].note("the others' samples")
+    beats = [Heartbeats(store, rank, 2, status) for rank, status in enumerate(statuses)]
+    for one in beats:
+        one.timeout_seconds = 2.0
+        one.start(told.append)
+    for token in range(25):
+        statuses[1].progress(f"token {token} of 30")
+        time.sleep(0.2)
+    assert told == []
+    time.sleep(2 + 2)
+    for one in reversed(beats):
+        one.stop()
+    assert told == [
+        "gad step 7: rank 1 is stuck (for 2 s, in gad step 7, at token 24 of 30); rank 0 waited for the "
+        "others' samples. Run the same command to go on from the last checkpoint."
+    ]
+
+
+def test_a_request_to_end_is_heard_beside_the_main_thread_and_after_asyncio() -> None:
+    async def have_asyncio_listen() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, print)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    requests = EndRequests()
+    try:
+        requests.listen()
+        assert requests.seconds_since() is None
+        asyncio.run(have_asyncio_listen())
+        requests.listen()
+        signal.raise_signal(signal.SIGTERM)
+        seconds = requests.seconds_since()
+    finally:
+        requests.stop()
+        signal.signal(signal.SIGTERM, before)
+    assert seconds is not None
+    assert 0 <= seconds < 1
+
+
+def test_a_wait_beside_the_main_thread_holds_up_none_in_it(tmp_path: Path) -> None:
+    (line,) = ranks_do(
+        2,
+        tmp_path,
+        """
+        import threading, time
+
+        def work(ranks):
+            beside = ranks.beside()
+            slowly = lambda: beside.once("slow", lambda: time.sleep(6), is_patient=True)
+            thread = threading.Thread(target=slowly)
+            # One rank comes to the slow thing first, the other to the quick one.
+            if ranks.rank == 1:
+                thread.start()
+                time.sleep(0.5)
+            started = time.monotonic()
+            ranks.once("quick", lambda: None, is_patient=True)
+            seconds = time.monotonic() - started
+            if ranks.rank == 0:
+                thread.start()
+            else:
+                print(seconds)
+            thread.join()
+        """,
+    )
+    assert float(line) < 4
+
+
+def test_a_checkpoint_waits_for_files_that_another_machine_wrote(tmp_path: Path) -> None:
+    # Two views of one folder, of which one learns of the other's file late, and first of a part of it.
+    ranks_do(
+        2,
+        tmp_path,
+        """
+        import threading, time
+        from pathlib import Path
+        from gadfly.checkpoint import save_checkpoint
+
+        def arrive(name, content):
+            for known in (content[:3], content):
+                time.sleep(1)
+                (Path("seen-by-0") / name).write_bytes(known)
+
+        def work(ranks):
+            def write(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                file, content = folder / f"of-{ranks.rank}", b"content"
+                file.write_bytes(content)
+                if ranks.rank == 1:
+                    threading.Thread(target=arrive, args=(file.relative_to("seen-by-1"), content)).start()
+                return [file]
+
+            save_checkpoint(Path(f"seen-by-{ranks.rank}"), 2, write, {}, ranks)
+        """,
+    )
+    checkpoint = open_checkpoint(tmp_path / "seen-by-0" / "latest")
+    listed = json.loads((checkpoint.path / "manifest.json").read_text())["files"]
+    assert sorted(listed) == ["of-0", "of-1"]
+    assert (checkpoint.path / "of-1").read_bytes() == b"content"
+
+
+REFUSED = (
+    "the checkpoint could not be written ({}[Errno 28] No space left on device); earlier ones are untouched"
+)
+
+
+def test_a_rank_that_cannot_save_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    lines = ranks_do(
+        2,
+        tmp_path,
+        """
+        import time
+        from pathlib import Path
+        import torch
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+        from gadfly.checkpoint import save_checkpoint
+        from gadfly.errors import RunFolderError
+        from gadfly.tensor_files import save_tensors
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        def work(ranks):
+            def write_itself(folder):
+                if ranks.rank == 1:
+                    full()
+                # What the first rank writes meanwhile does not fail by the other's failure.
+                time.sleep(1)
+                (folder / "model").write_text("weights")
+                return []
+
+            def write_with_torch(folder):
+                if ranks.rank == 1:
+                    HuggingFaceStorageWriter.write_data = full
+                return save_tensors({"a": torch.ones(2)}, folder / "trainer", group=ranks.group)
+
+            for write in (write_itself, write_with_torch):
+                try:
+                    save_checkpoint(Path("gad"), 2, write, {}, ranks)
+                except RunFolderError as refused:
+                    if ranks.rank == 0:
+                        print(refused)
+        """,
+    )
+    assert len(lines) == 2, lines
+    assert lines[0].startswith(f"rank 1: gad/step-000002: {REFUSED.format('')}")
+    assert lines[1].startswith(f"gad/step-000002: {REFUSED.format('rank 1: ')}")
+    assert list((tmp_path / "gad").iterdir()) == []
+
+
+def test_a_rank_that_cannot_load_is_named_once(tmp_path: Path) -> None:
+    lines = ranks_do(
+        2,
+        tmp_path,
+        """
+        from pathlib import Path
+        import torch
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+        from gadfly.tensor_files import load_tensors, save_tensors
+
+        def fail(*_):
+            raise OSError(5, "Input/output error")
+
+        def work(ranks):
+            save_tensors({"a": torch.ones(2)}, Path("tensors"), group=ranks.group)
+            if ranks.rank == 1:
+                HuggingFaceStorageReader.read_data = fail
+            load_tensors({"a": torch.zeros(2)}, Path("tensors"), group=ranks.group)
+        """,
+    )
+    told = "tensors: cannot be read: rank 1: [Errno 5] Input/output error; restore it from an intact copy"
+    assert lines == [told]

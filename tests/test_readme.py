@@ -15,6 +15,7 @@ from gadfly.stages.pipeline import STAGES
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+OWN = ("recipe.toml", "runs/mine")
 PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 
 SMALL = """
@@ -48,7 +49,8 @@ def readme_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, te
     """A folder as the README asks for: train.jsonl, test.jsonl, and its recipe, made small."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "train.jsonl").write_bytes(teacher_file.read_bytes())
-    (folder / "test.jsonl").write_bytes(teacher_file.read_bytes())
+    others = teacher_file.read_text(encoding="utf-8").replace("say ", "tell me of ")
+    (folder / "test.jsonl").write_text(others, encoding="utf-8")
     recipe = blocks("toml")[0].replace("Qwen/Qwen2.5-0.5B-Instruct", str(tiny_model))
     recipe = recipe.replace("max_response_tokens = 512", "max_response_tokens = 12")
     recipe = recipe.replace("[seqkd]", "[seqkd]\nmax_steps = 2\nbatch_prompts = 4")
@@ -75,7 +77,7 @@ def test_every_script_of_the_readme_is_there_and_runs() -> None:
 
 
 def test_the_commands_for_ones_own_data_do_what_they_say(readme_folder: Path) -> None:
-    own = [line for line in commands() if line.startswith("gadfly ") and line.split()[2] == "recipe.toml"]
+    own = [line for line in commands() if line.startswith("gadfly ") and line.split()[2] in OWN]
     assert len(own) >= 5
     for command in own[:1] + own[2:]:
         arguments = [sys.executable, "-m", "gadfly", *command.split()[1:]]

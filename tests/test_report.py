@@ -10,7 +10,6 @@ from report_runs import (
     STEPS,
     Page,
     Row,
-    Shape,
     a_pair,
     a_run,
     empty_run,
@@ -21,6 +20,7 @@ from report_runs import (
     sampled,
 )
 
+from gadfly.alarms import KINDS
 from gadfly.errors import RunFolderError
 from gadfly.run_folder import stage_settings
 from gadfly.stages.report import report
@@ -38,33 +38,25 @@ def test_a_clean_run_has_no_remark(tmp_path: Path) -> None:
     assert "checks found anything unusual" in run.page()
 
 
-@pytest.mark.parametrize(
-    ("planted", "remark"),
-    [
-        (
-            {"discriminator/accuracy": lambda done: 0.97, "probe/accuracy": lambda done: 0.96},
-            "tells nearly every",
-        ),
-        ({"discriminator/accuracy": lambda done: 0.8 - 0.5 * done}, "is fooled"),
-        ({"group/zero_variance_fraction": lambda done: done}, "groups teach nothing"),
-        ({"rollout/length_ratio": lambda done: 1 - 0.5 * done}, "much shorter"),
-        ({"rollout/length_ratio": lambda done: 1 + done}, "much longer"),
-        ({"rollout/finished_fraction": lambda done: 0.8}, "cut off far more often"),
-        ({"student/kl_nats": lambda done: 0.01 * math.exp(5 * done)}, "drifts away"),
-        ({"student/entropy_nats": lambda done: 0.05}, "hardly varies"),
-        ({"evaluation/repetition": lambda done: 0.3 * done}, "repeat themselves"),
-        ({"detail/sampler_gap_nats": lambda done: 0.02}, "sampler and the trainer disagree"),
-        ({"probe/accuracy": lambda done: 0.55}, "worse on held-out prompts"),
-        ({"student/loss": lambda done: math.nan if done > 0.9 else 0.1}, "no finite number"),
-    ],
-)
-def test_a_planted_fault_gets_its_remark_and_no_other(
-    tmp_path: Path, planted: dict[str, Shape], remark: str
-) -> None:
-    run = a_run(tmp_path, planted=planted)
-    (found,) = run.remarks()
-    assert remark in found
-    assert found in run.page().replace("&#39;", "'")
+def an_alarm(name: str, step: int, action: str = "warn", stage: str = "gad") -> Row:
+    kind = KINDS[name]
+    row = {"stage": stage, "step": step, "since": step, "name": name, "evidence": f"seen at {step}"}
+    return row | {"cause": kind.cause, "advice": kind.advice, "action": action}
+
+
+def test_alarms_stand_on_the_page_with_what_was_done(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    assert "None of the 25 alarms was raised" in run.page()
+    rows = [an_alarm("drift", 40), an_alarm("drift", 90), an_alarm("collapse", 60, "stop")]
+    run.folder.write_rows("alarms.jsonl", rows)
+    went_back = an_alarm("fooled", 80) | {"back_to": 50, "changes": {"gad.learning_rate": 5e-7}}
+    run.folder.write_rows("gad/remedies.jsonl", [went_back])
+    words = " ".join(Page(run.page()).words.split())
+    assert words.count(KINDS["drift"].title) == 1
+    assert "drift GAD, step 40, and again up to step 90" in words
+    assert "seen at 90" in words
+    assert "The stage stopped there." in words
+    assert "went back 30 steps, to step 50, and on with gad.learning_rate = 5e-07." in words
 
 
 def test_few_steps_are_remarked_on(tmp_path: Path) -> None:
@@ -164,6 +156,8 @@ def test_hostile_text_stays_text_wherever_it_stands(tmp_path: Path) -> None:
     summary["data"] = {HOSTILE: {"rows": 1, "bad": {HOSTILE: 2}}}
     summary["pairwise"] = {"ships": {HOSTILE: a_pair((0.4, 0.6), (0.4, 0.6), b=HOSTILE)}}
     summary["judge"] = {"ships": {"judge": HOSTILE, "shares_family": {HOSTILE: HOSTILE}}}
+    alarm = dict.fromkeys(("stage", "name", "evidence", "cause", "advice", "action"), HOSTILE)
+    (run.folder.path / "alarms.jsonl").write_text(json.dumps(alarm | {"step": 1}) + "\n", encoding="utf-8")
     spent = dict.fromkeys(("answers", "requests", "prompt_tokens", "completion_tokens", "dollars"), 1)
     summary["collect"] = {"teachers": {HOSTILE: 1}, "marked": {HOSTILE: 1}, **spent}
     (run.folder.path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
@@ -251,10 +245,8 @@ def test_settings_that_differ_from_the_defaults_stand_apart(tmp_path: Path) -> N
     assert "gad.clip_range" in default
 
 
-def test_few_held_out_prompts_are_said_and_not_read(tmp_path: Path) -> None:
-    planted = {"probe/accuracy": lambda done: 0.5, "evaluation/repetition": lambda done: done}
-    run = a_run(tmp_path, planted=planted)
-    assert ["(n = 64 prompts)" in remark.evidence for remark in run.found()] == [True, True]
+def test_few_held_out_prompts_are_said(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
     run.folder.update_summary("data", {"valid": {"rows": 19}})
     (remark,) = run.found()
     assert remark.what == "Few prompts are held out"

@@ -58,6 +58,8 @@ group_size = 4
 max_steps = 8
 save_every = 2
 evaluate_every = 3
+[audit]
+allow = ["leak-into-test"]  # its test set is its training set
 [evaluation]
 prompts = 4
 """

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from wide_llama import wide_llama
 
 from gadfly.engine import Engine
 from gadfly.errors import AlarmError, ConfigError, UserError
@@ -184,33 +185,12 @@ class Case:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A random Llama with tied embeddings and heads as wide as vLLM's least, whose own settings for sampling
-    would leave two tokens to draw from.
-    """
-    folder = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
+    """A random Llama with tied embeddings, whose own settings for sampling would leave two tokens."""
+    sampling = GenerationConfig(
         eos_token_id=[2, 0], pad_token_id=2, do_sample=True, top_k=2, temperature=0.3, repetition_penalty=1.5
     )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
+    folder = tmp_path_factory.mktemp("llama")
+    return wide_llama(folder, tiny_model, is_tied=True, generation_config=sampling)
 
 
 @pytest.fixture(scope="module", params=["llama", "smollm2"])

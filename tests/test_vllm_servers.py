@@ -25,15 +25,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from side_by_side import side_by_side
 from test_vllm_sampler import install
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import PreTrainedModel
+from wide_llama import wide_llama
 
 from gadfly.errors import AlarmError, ApiError, ConfigError, UserError
 from gadfly.models import load_language_model
+from gadfly.processes import Processes
 from gadfly.recipe_file import load_recipe
 from gadfly.samplers.canary import Canary
-from gadfly.samplers.sampler import Request, Sampler
+from gadfly.samplers.dealt import DealtSampler
+from gadfly.samplers.sampler import Request, Sample, Sampler
 from gadfly.samplers.vllm_http import Server
 from gadfly.samplers.vllm_servers import VllmServers
 from gadfly.samplers.vllm_weights import AllServers
@@ -203,7 +210,7 @@ class Case:
             "max_parallel_responses": 8,
             "timeout_seconds": timeout_seconds,
         }
-        urls = [server.url for server in self.servers]
+        urls = changed.pop("urls", [server.url for server in self.servers])
         return VllmServers(urls, frozenset({END}), **(settings | changed))
 
     def student_logprobs(self, tokens: Sequence[int]) -> list[float]:
@@ -218,7 +225,8 @@ class Case:
 @pytest.fixture
 def case(tmp_path: Path) -> Iterator[Case]:
     servers = [TableServer(random_table(seed)) for seed in (1, 2)]
-    yield Case(tmp_path / "weights", servers)
+    # A list of its own: a test may take some out, and one that is not closed keeps Python from ending.
+    yield Case(tmp_path / "weights", list(servers))
     for server in servers:
         server.close()
 
@@ -382,7 +390,10 @@ def test_weights_that_do_not_arrive_raise_the_alarm(case: Case) -> None:
     case.servers[1].answer = lambda path, body: (  # type: ignore[method-assign]
         {} if path == "/collective_rpc" else TableServer.answer(case.servers[1], path, body)
     )
-    with pytest.raises(AlarmError, match=f"{case.servers[1].url} gives .* nats from the student's"):
+    told = (
+        rf"{case.servers[1].url} gives .* nats from the student's .*its last update included.*; try another"
+    )
+    with pytest.raises(AlarmError, match=told):
         sampler.update(case.weights())
 
 
@@ -430,6 +441,63 @@ def test_workers_of_all_servers_join_one_group_each_at_its_own_place(case: Case)
         ]
 
 
+# Several trainers.
+
+
+def in_shards(table: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The table as a student in shards gives it: only if all processes ask."""
+    held = distribute_tensor(table, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
+    yield "bias", torch.zeros(2)
+    yield "table", held.full_tensor()
+
+
+def train_and_sample(processes: Processes, urls: list[str], folder: Path) -> list[list[list[Sample]]]:
+    """What one of several trainers samples after each of three updates."""
+    # One of them comes late.
+    time.sleep(processes.rank)
+    student = Case(folder, [])
+    canary = Canary(student.student_logprobs)
+    sampler = DealtSampler(student.open(urls=urls, canary=canary, processes=processes), processes)
+    seen = []
+    for phase in range(3):
+        student.table = random_table(10 + phase)
+        sampler.update(in_shards(student.table))
+        seen.append(sampler.sample(phase_requests(phase), temperature=0.8, max_response_tokens=6))
+    return seen
+
+
+def phase_requests(phase: int) -> list[Request]:
+    return [Request((5, phase, 6 + number), 4, f"phase {phase} stream {number}") for number in range(6)]
+
+
+def test_several_trainers_hand_over_once_share_the_work_and_see_the_samples_of_one(case: Case) -> None:
+    def unreachable_at_last(path: str, body: dict[str, Any]) -> int | None:
+        is_third = path == "/collective_rpc" and len(case.servers[0].bodies(path)) == 3
+        return 500 if is_third else None
+
+    case.servers[0].fault = unreachable_at_last
+    seen, others = side_by_side(train_and_sample, [server.url for server in case.servers], case.folder)
+    assert seen == others
+    for server in case.servers:
+        # The late one opened it before it was paused for the first time.
+        routes = [path for path, _ in server.calls if path in (*PAUSED_ROUTES, "/v1/models")]
+        assert routes[:4] == ["/resume", "/v1/models"] * 2
+        assert routes[4:12] == PAUSED_ROUTES * 2
+        assert len(server.bodies("/collective_rpc")) == 3
+    drawn = [[tuple(body["prompt"]) for body in server.drawn()] for server in case.servers]
+    for phase in range(3):
+        prompts = [request.prompt_tokens for request in phase_requests(phase)]
+        counts = [[told.count(prompt) for prompt in prompts] for told in drawn]
+        # Each response once, though both asked for all; nothing of the server that the first could not reach.
+        assert [sum(pair) for pair in zip(*counts, strict=True)] == [4] * 6
+        assert all(map(any, counts)) == (phase < 2)
+    case.table = random_table(12)
+    case.servers[0].fault = lambda path, body: None
+    alone = case.open()
+    alone.update(case.weights())
+    assert alone.sample(phase_requests(2), temperature=0.8, max_response_tokens=6) == seen[2]
+
+
 # The recipe.
 
 
@@ -449,27 +517,8 @@ def test_servers_are_refused_beside_what_they_exclude(recipe_file: Path) -> None
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A random Llama with heads as wide as vLLM's least, whose output has weights of its own."""
-    folder = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
+    """A random Llama that vLLM can serve, whose output has weights of its own."""
+    return wide_llama(tmp_path_factory.mktemp("llama"), tiny_model, is_tied=False)
 
 
 @contextmanager

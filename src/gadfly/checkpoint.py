@@ -3,7 +3,7 @@ checked at load.
 
 STAGE/step-000400/student        an ordinary Hugging Face folder
                  /discriminator  the same, the score head included
-                 /trainer        optimisers, in safetensors: opening it runs no code
+                 /trainer        optimisers (`tensor_files.py`)
                  /manifest.json  step, facts, and a hash of every file
 STAGE/latest, STAGE/best         links
 """
@@ -14,21 +14,16 @@ import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-import torch.distributed.checkpoint as distributed_checkpoint
-from safetensors import SafetensorError
-from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from gadfly.disk_refusals import refusal_in
 from gadfly.errors import CheckpointError, RunFolderError
+from gadfly.late_files import await_files, sizes
 from gadfly.processes import Processes
 from gadfly.run_folder import hash_file, write_text
 
@@ -55,13 +50,19 @@ class Checkpoint:
 def save_checkpoint(
     stage: Path,
     step: int,
-    write: Callable[[Path], None],
+    write: Callable[[Path], Iterable[Path]],
     facts: Mapping[str, Any],
     processes: Processes | None = None,
 ) -> Checkpoint:
     """Let `write` fill a folder beside the stage's checkpoints, then rename it into place, as the `latest`.
 
-    On many processes every one writes its part into the folder, which all of them have to see.
+    Args:
+        stage: the folder of the stage.
+        step: the last step that went into it.
+        write: fills the folder with this process's part. Gives the files that only this process may see yet,
+            as on a network file system; the first process waits for them.
+        facts: what else the trainer must know to go on (JSON).
+        processes: who works on it; all have to see the folder.
 
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -71,14 +72,22 @@ def save_checkpoint(
     beside = stage / f".{place.name}.tmp"
 
     def begin() -> None:
-        with _whole_or_nothing(place, beside):
+        with _refusals_told(place):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
 
-    def finish() -> Checkpoint:
-        with _whole_or_nothing(place, beside):
-            files = sorted(path for path in beside.rglob("*") if path.is_file())
-            hashes = {path.relative_to(beside).as_posix(): hash_file(path) for path in files}
+    def fill() -> dict[str, int]:
+        with _refusals_told(place):
+            return sizes(beside, write(beside))
+
+    def finish(parts: list[dict[str, int]]) -> Checkpoint:
+        with _refusals_told(place):
+            for part in parts:
+                await_files(beside, part)
+            # A folder's list may be older than what is in it.
+            listed = {path.relative_to(beside).as_posix() for path in beside.rglob("*") if path.is_file()}
+            names = sorted(listed.union(*parts))
+            hashes = {name: hash_file(beside / name) for name in names}
             manifest = {"step": step, "facts": dict(facts), "files": hashes}
             write_text(beside / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
             if place.exists():
@@ -87,44 +96,31 @@ def save_checkpoint(
             point(stage / "latest", place)
             return Checkpoint(place, step, dict(facts), _digest(hashes))
 
-    processes.once("a place for the checkpoint", begin)
-    failure: RunFolderError | None = None
     try:
-        with _whole_or_nothing(place, beside):
-            write(beside)
-    except RunFolderError as refused:
-        failure = refused
-    if refusals := [told for told in processes.gather("checkpoint", failure) if told is not None]:
-        raise refusals[0]
-    # Hashing a large one takes its time.
-    return processes.once("the end of the checkpoint", finish, is_patient=True)
+        processes.once("a place for the checkpoint", begin)
+        parts = processes.gather("files of the checkpoint", processes.together("checkpoint", fill))
+        # Hashing a large one takes its time.
+        return processes.once("the end of the checkpoint", lambda: finish(parts), is_patient=True)
+    # The second is torch's, and no `Exception`.
+    except (Exception, CheckpointException):
+        # By one process: what others still write would fail by this, and hide the cause.
+        if processes.rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
-def _whole_or_nothing(place: Path, beside: Path) -> Iterator[None]:
-    """Delete what was written if a disk or a folder refuses, and say why."""
+def _refusals_told(place: Path) -> Iterator[None]:
+    """Say in a line that a disk or a folder refused a checkpoint, and why."""
     try:
         yield
-    # The second is torch's, and no `Exception`.
     except (Exception, CheckpointException) as failure:
-        shutil.rmtree(beside, ignore_errors=True)
-        reason = _reason(failure)
-        if reason is None:
+        if (reason := refusal_in(failure)) is None:
             raise
         raise RunFolderError(
             f"{place}: the checkpoint could not be written ({reason}); earlier ones are untouched. "
             f"Make room or mend the folder, and run the same command to go on."
         ) from failure
-
-
-def _reason(failure: BaseException) -> str | None:
-    """Why a disk or a folder refused, in a line; None if the failure is of another kind."""
-    if isinstance(failure, CheckpointException):
-        return next(filter(None, (_reason(inner) for inner, _ in failure.failures.values())), None)
-    # The tokenizers library raises plain exceptions, with the system's error in the text.
-    if isinstance(failure, (OSError, SafetensorError, RunFolderError)) or "(os error " in str(failure):
-        return str(failure).strip().splitlines()[0]
-    return None
 
 
 def _place(stage: Path, step: int) -> Path:
@@ -242,58 +238,3 @@ def remove_unfinished(stage: Path) -> None:
     for link in (stage / "latest", stage / "best"):
         if link.is_symlink() and not link.exists():
             link.unlink()
-
-
-def save_tensors(tensors: dict[str, Tensor], folder: Path, *, group: dist.ProcessGroup | None = None) -> None:
-    """Write tensors by name with `torch.distributed.checkpoint`, as safetensors.
-
-    Args:
-        tensors: whole ones, or in shards of the processes, each of which writes its own.
-        folder: where to.
-        group: the processes; None for this one alone.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=group is not None)
-    with _one_process():
-        distributed_checkpoint.save(
-            tensors, storage_writer=writer, process_group=group, no_dist=group is None
-        )
-
-
-def load_tensors(tensors: dict[str, Tensor], folder: Path, *, group: dist.ProcessGroup | None = None) -> None:
-    """Read tensors written by `save_tensors` into those given, in place.
-
-    They may have been written by another number of processes: each reads what its shards need.
-
-    Raises:
-        CheckpointError: if names or shapes differ, or a file cannot be read.
-    """
-    reader = HuggingFaceStorageReader(str(folder))
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-    except (OSError, SafetensorError) as failure:
-        raise CheckpointError(
-            f"{folder}: cannot be read: {failure}; restore it from an intact copy"
-        ) from None
-    saved = {
-        name: tuple(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
-    }
-    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(saved.keys() | wanted.keys()):
-        there, here = saved.get(name, "missing"), wanted.get(name, "missing")
-        if there != here:
-            raise CheckpointError(
-                f"{folder}: of another model than the recipe's: {name} has shape {there} there, {here} here"
-            )
-    with _one_process():
-        distributed_checkpoint.load(
-            tensors, storage_reader=reader, process_group=group, no_dist=group is None
-        )
-
-
-@contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    # It warns that there is no process group, which is what `no_dist=True` has just told it.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -36,20 +37,25 @@ Overrides = Annotated[
     typer.Argument(help="Settings for this run, as in gad.group_size=4.", show_default=False),
 ]
 
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run the recipe's own code: the functions of gad.rewards.")
+]
+
 
 @app.command()
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
+    allow_code: AllowCode = False,
     ray_workers: Annotated[
         int | None, typer.Option(help="As many processes, by Ray Train.", min=1, show_default=False)
     ] = None,
 ) -> None:
     """Every stage that is not done yet, in order. Stopped at any moment, the same command goes on."""
     if ray_workers is None:
-        _say(f"report: {_do('run', recipe, overrides) / 'report.html'}")
+        _say(f"report: {_do('run', recipe, overrides, allow_code) / 'report.html'}")
     else:
-        _say(f"report: {_do_by_ray(recipe, overrides, ray_workers) / 'report.html'}")
+        _say(f"report: {_do_by_ray(recipe, overrides, ray_workers, allow_code) / 'report.html'}")
 
 
 def _stage_command(name: str, help_text: str) -> None:
@@ -81,9 +87,18 @@ def collect(
         _say(opened.processes.once("collect", lambda: work(opened.alone()), is_patient=True))
 
 
+_stage_command("audit", "What could tell teacher from student without reading, before anything is trained.")
 _stage_command("seqkd", "The baseline: SFT on the teacher's responses.")
 _stage_command("warmup", "SFT of the student, and the discriminator's first lessons on its fresh samples.")
-_stage_command("gad", "GRPO of the student against the live discriminator.")
+_stage_command("audit-warmup", "The audit again, of the student that warmup made.")
+
+
+@app.command()
+def gad(recipe: RecipePath, overrides: Overrides = None, allow_code: AllowCode = False) -> None:
+    """GRPO of the student against the live discriminator."""
+    _say(f"gad: done, in {_do('gad', recipe, overrides, allow_code)}")
+
+
 _stage_command("best", "Which kept GAD checkpoint is best, by a judge on held-out prompts.")
 _stage_command("seqkd-equal-time", "The baseline again, for as many seconds as warmup and gad took.")
 _stage_command("generate", "Responses of checkpoints to the test prompts.")
@@ -94,6 +109,31 @@ _stage_command("judge", "What a judge makes of the generations; by default a cla
 def report(recipe: RecipePath, overrides: Overrides = None) -> None:
     """One HTML file with curves, samples and figures of what is there so far."""
     _say(f"report: {_do('report', recipe, overrides) / 'report.html'}")
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="The run folder, as in runs/NAME.", show_default=False)],
+    once: Annotated[bool, typer.Option("--once", help="Show how it stands and end.")] = False,
+) -> None:
+    """A run as it goes: progress, metrics with trends, alarms, newest samples. Ctrl-C leaves it running."""
+    from gadfly.stages.watch import Watched, screen, snapshot  # noqa: PLC0415
+
+    watched = Watched(folder)
+    if sys.stdout.isatty() and not once:
+        from rich.console import Group  # noqa: PLC0415
+        from rich.live import Live  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        with contextlib.suppress(_Stopped), Live(screen=True, auto_refresh=False) as live:
+            while watched.is_running:
+                lines = screen(watched, live.console.height)
+                live.update(
+                    Group(*(Text.assemble(*line.pieces, no_wrap=True) for line in lines)), refresh=True
+                )
+                time.sleep(1)
+                watched.look()
+    typer.echo(snapshot(watched))
 
 
 @app.command()
@@ -130,34 +170,47 @@ def demo(
     typer.echo(f"report: {folder / 'report.html'}")
 
 
-def _do(name: str, recipe_path: Path, overrides: list[str] | None) -> Path:
-    """Do a stage, or all of them, and return the run folder."""
-    with _open(recipe_path, overrides) as opened:
+def _do(name: str, recipe_path: Path, overrides: list[str] | None, allows_code: bool | None = None) -> Path:
+    """Do a stage, or all of them, and return the run folder.
+
+    Args:
+        name: of the stage, or `run`.
+        recipe_path: the recipe.
+        overrides: its settings for this run.
+        allows_code: whether the recipe's own code may be run; None for a stage that needs none.
+    """
+    with _open(recipe_path, overrides, allows_code) as opened:
         _stage(name)(opened)
         path: Path = opened.folder.path
         return path
 
 
-def _do_by_ray(recipe_path: Path, overrides: list[str] | None, num_workers: int) -> Path:
+def _do_by_ray(recipe_path: Path, overrides: list[str] | None, num_workers: int, allows_code: bool) -> Path:
     """Do all stages in Ray's workers, and return the run folder."""
     from gadfly.ray_launch import launch  # noqa: PLC0415
     from gadfly.recipe_file import load_recipe  # noqa: PLC0415
 
     loaded = load_recipe(recipe_path, overrides or [])
     assert loaded.run_folder is not None, "load_recipe fills it in"
-    work = partial(_do, "run", recipe_path.absolute(), overrides)
+    work = partial(_do, "run", recipe_path.absolute(), overrides, allows_code)
     return launch(work, Path(loaded.run_folder), num_workers)
 
 
 @contextlib.contextmanager
-def _open(recipe_path: Path, overrides: list[str] | None) -> Iterator[Any]:
+def _open(recipe_path: Path, overrides: list[str] | None, allows_code: bool | None = None) -> Iterator[Any]:
     from gadfly.recipe_file import load_recipe  # noqa: PLC0415  `--help` needs no pydantic
+    from gadfly.reward_functions import load_reward_functions  # noqa: PLC0415
     from gadfly.stages.run import open_run  # noqa: PLC0415
 
     with _join_processes() as processes:
         loaded = processes.together("recipe", lambda: load_recipe(recipe_path, overrides or []))
         processes.limit_waits(loaded.engine.timeout_seconds)
-        with open_run(loaded, processes) as opened:
+        functions = {}
+        if allows_code is not None:
+            functions = processes.together(
+                "gad.rewards", lambda: load_reward_functions(loaded.gad.rewards, allows_code=allows_code)
+            )
+        with open_run(loaded, processes, reward_functions=functions) as opened:
             yield opened
 
 

@@ -6,7 +6,7 @@ for both roles (see `chat_template.py`).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,60 @@ class Scores:
     """Scores of responses. Only differences within one prompt have a meaning."""
 
     values: Float[Tensor, " row"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Texts stored with a discriminator, by whose scores it is known again.
+
+    Attributes:
+        folder: where it was saved.
+        groups: one a text, in the tokens that were scored.
+        scores: what the texts scored then.
+        scored_in: torch's name of the type that was computed in.
+    """
+
+    folder: Path
+    groups: tuple[Group, ...]
+    scores: tuple[float, ...]
+    scored_in: str
+
+    def check(
+        self,
+        model: "Discriminator",
+        renderer: Renderer,
+        score: Callable[[Sequence[Group]], Scores] | None = None,
+        *,
+        scored_in: str | None = None,
+    ) -> None:
+        """Cut the texts into tokens and score them again.
+
+        Args:
+            model: what was loaded.
+            renderer: the same.
+            score: scores groups with it. Default: the model itself, text by text.
+            scored_in: the type that computes in, if not in that of the weights.
+
+        Raises:
+            CheckpointError: if a text has other tokens or another score than it had.
+        """
+        for branch in (branch for group in self.groups for branch in group.branches):
+            if tuple(renderer.response_tokens(branch.text, branch.finished)) != branch.tokens:
+                raise CheckpointError(
+                    f"{self.folder}: the tokenizer is not the one that was saved: it cuts a probe text into "
+                    f"other tokens; restore the folder from an intact copy"
+                )
+        if not self.groups:
+            return
+        scores = _score(model, self.groups) if score is None else score(self.groups)
+        tolerance = _rounding(self.scored_in, scored_in or _dtype_name(model))
+        for number, (stored, now) in enumerate(zip(self.scores, scores.values.tolist(), strict=True)):
+            # Written so that a score that is no number is refused too.
+            if not abs(stored - now) <= tolerance * max(1.0, abs(stored)):
+                raise CheckpointError(
+                    f"{self.folder}: probe text {number} scores {now:.4f}, {stored:.4f} when it was saved: "
+                    f"weights or head are not those that were saved; restore the folder from an intact copy"
+                )
 
 
 class Discriminator(nn.Module):
@@ -139,7 +193,7 @@ def save_discriminator(
         "dtype": scored_in or _dtype_name(model),
         "texts": texts,
         "tokens": tokens,
-        "scores": _score(model, texts, tokens) if scores is None else scores.values.tolist(),
+        "scores": (scores or _score(model, _probe_groups(texts, tokens))).values.tolist(),
     }
     (folder / _PROBE_FILE).write_text(json.dumps(stored), encoding="utf-8")
 
@@ -163,6 +217,22 @@ def load_discriminator(
         CheckpointError: if the head is missing or broken, or a probe text scores otherwise than it did.
         UserError: if the model cannot be opened.
     """
+    model, renderer, probe = load_unchecked(folder, dtype, shared, device)
+    probe.check(model, renderer)
+    return model, renderer
+
+
+def load_unchecked(
+    folder: str | Path, dtype: str, shared: SharedBase | None, device: torch.device | None
+) -> tuple[Discriminator, Renderer, Probe]:
+    """The same before its probe is scored, which is left to the caller.
+
+    Whoever shards the model can have the shards score; the whole of a large one takes minutes on a CPU.
+
+    Raises:
+        CheckpointError: if the head or the probe is missing or broken.
+        UserError: if the model cannot be opened.
+    """
     folder = Path(folder)
     if not (folder / _HEAD_FILE).exists():
         raise CheckpointError(
@@ -172,26 +242,13 @@ def load_discriminator(
     model = Discriminator(backbone, seed=0).eval()
     try:
         model.score_head.load_state_dict(load_file(folder / _HEAD_FILE))
-        probe = json.loads((folder / _PROBE_FILE).read_text(encoding="utf-8"))
-        texts, stored_tokens, stored_scores = probe["texts"], probe["tokens"], probe["scores"]
-        tolerance = _rounding(probe["dtype"], _dtype_name(model))
+        stored = json.loads((folder / _PROBE_FILE).read_text(encoding="utf-8"))
+        groups = _probe_groups(stored["texts"], stored["tokens"])
+        probe = Probe(folder, groups, tuple(stored["scores"]), stored["dtype"])
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as failure:
         reason = str(failure).splitlines()[0]
         raise CheckpointError(f"{folder}: {_HEAD_FILE} or {_PROBE_FILE} is broken: {reason}") from failure
-    tokens = [renderer.response_tokens(text["response"], text["finished"]) for text in texts]
-    if tokens != stored_tokens:
-        raise CheckpointError(
-            f"{folder}: the tokenizer is not the one that was saved: it cuts a probe text into other tokens; "
-            f"restore the folder from an intact copy"
-        )
-    for number, (stored, now) in enumerate(zip(stored_scores, _score(model, texts, tokens), strict=True)):
-        # Written so that a score that is no number is refused too.
-        if not abs(stored - now) <= tolerance * max(1.0, abs(stored)):
-            raise CheckpointError(
-                f"{folder}: probe text {number} scores {now:.4f}, {stored:.4f} when it was saved: the "
-                f"weights or the head are not those that were saved; restore the folder from an intact copy"
-            )
-    return model, renderer
+    return model, renderer, probe
 
 
 def _load_backbone(
@@ -212,16 +269,23 @@ def _generation_config(name: str, backbone: PreTrainedModel) -> GenerationConfig
         return GenerationConfig.from_model_config(backbone.config)
 
 
-def _score(model: Discriminator, texts: list[dict[str, Any]], tokens: list[list[int]]) -> list[float]:
+def _probe_groups(texts: list[dict[str, Any]], tokens: list[list[int]]) -> tuple[Group, ...]:
+    return tuple(
+        Group(
+            "probe",
+            tuple(text["prompt_tokens"]),
+            teachers=(Branch(tuple(own), text["finished"], text["response"]),),
+        )
+        for text, own in zip(texts, tokens, strict=True)
+    )
+
+
+def _score(model: Discriminator, groups: Sequence[Group]) -> Scores:
     device = model.score_head.weight.device
-    scores = []
-    for text, response_tokens in zip(texts, tokens, strict=True):
-        branch = Branch(tuple(response_tokens), text["finished"], text["response"])
-        group = Group("probe", tuple(text["prompt_tokens"]), teachers=(branch,))
+    with torch.no_grad():
         # One at a time: the score must not hang on what else is in the batch.
-        with torch.no_grad():
-            scores.append(float(model(micro_batches([group], 1, device)[0])))
-    return scores
+        scores = [model(micro_batches([group], 1, device)[0]) for group in groups]
+    return Scores(torch.cat(scores) if scores else torch.empty(0))
 
 
 def _dtype_name(model: Discriminator) -> str:

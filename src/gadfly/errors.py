@@ -54,9 +54,20 @@ class ApiError(GadflyError):
 
 
 class AlarmError(GadflyError):
-    """Training stopped because going on would spoil the model; nothing was updated."""
+    """Training stopped: going on would spoil the model, or the recipe wants an alarm to stop it.
+
+    The text says whether anything was updated.
+
+    Args:
+        text: what is shown.
+        alarm: its name in the catalogue of alarms.
+    """
 
     exit_code = 4
+
+    def __init__(self, text: str, alarm: str = "not-finite"):
+        super().__init__(text)
+        self.alarm = alarm
 
 
 class RanksError(GadflyError):

@@ -6,7 +6,7 @@ a group. The *rows* of a batch are its branches in order: group by group, teache
 students.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gadfly.chat_template import Renderer
@@ -17,12 +17,15 @@ from gadfly.records import Row
 class Branch:
     """One response in tokens, the end-of-turn token included if and only if it finished.
 
-    `text` is what the tokens decode to, without that token.
+    `text` is what the tokens decode to, without that token. Of a teacher response, `teacher` is whose it is,
+    if that is known, and `weight` what it counts in the losses.
     """
 
     tokens: tuple[int, ...]
     finished: bool
     text: str
+    teacher: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,27 @@ class Group:
         return replace(self, teachers=())
 
 
-def teacher_group(row: Row, renderer: Renderer, max_response_tokens: int) -> Group:
+def teacher_group(
+    row: Row, renderer: Renderer, max_response_tokens: int, weights: Mapping[str, float] | None = None
+) -> Group:
     """A row in tokens: its prompt and its teacher responses.
 
     A response over the cap is cut and becomes unfinished.
+
+    Args:
+        row: as text.
+        renderer: of the student.
+        max_response_tokens: the cap.
+        weights: what a response counts in the losses, by teacher; 1 where none is given.
     """
     branches = []
     for response in row.responses:
         tokens = renderer.response_tokens(response.text, response.finished)
         finished = response.finished and len(tokens) <= max_response_tokens
         tokens = tokens[:max_response_tokens]
-        branches.append(Branch(tuple(tokens), finished, renderer.response_text(tokens)))
+        text, teacher = renderer.response_text(tokens), response.teacher
+        weight = 1.0 if weights is None or teacher is None else weights.get(teacher, 1.0)
+        branches.append(Branch(tuple(tokens), finished, text, teacher, weight))
     return Group(row.id, tuple(renderer.prompt_tokens(row.messages)), teachers=tuple(branches))
 
 

@@ -129,6 +129,18 @@ def adapted_model(name: str) -> str | None:
     return base
 
 
+def left_out_of_saves(model: nn.Module) -> frozenset[str]:
+    """Names of the tensors that a role is saved without: if it is an adapter, all of the frozen model."""
+    adapted = [
+        (f"{place}." if place else "", part)
+        for place, part in model.named_modules()
+        if isinstance(part, PreTrainedModel) and part._hf_peft_config_loaded
+    ]
+    return frozenset(
+        f"{prefix}{name}" for prefix, part in adapted for name in part.state_dict() if ".lora_" not in name
+    )
+
+
 def merge_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """The model with a saved adapter added to its weights: an ordinary model again."""
     with warnings.catch_warnings():

@@ -9,6 +9,8 @@ Axes: `row` responses (branches), `token` response positions, `group` prompts, `
     one prompt.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -37,12 +39,36 @@ def group_advantages(rewards: Float[Tensor, "group sample"]) -> Float[Tensor, "g
     return (centred / (exact.std(1, correction=1, keepdim=True) + STD_EPSILON)).to(rewards.dtype)
 
 
+def bounded_reward(scores: Float[Tensor, "group sample"]) -> Float[Tensor, "group sample"]:
+    """`log sigmoid(s)`: the score where it is far below zero, and never more than 0.
+
+    In double precision: above a score of 17, single precision could not tell one from another.
+    """
+    return F.logsigmoid(scores.double())
+
+
+def variance_shares(parts: Sequence[Float[Tensor, "group sample"]]) -> list[float]:
+    """How much of the variance of a sum of advantages each of its parts brings in.
+
+    A part's covariance with the sum over the sum's variance. They add up to 1; one that works against the
+    rest has a share below 0. Empty where the sum has no variance.
+
+    Args:
+        parts: advantages, of mean zero within each group.
+    """
+    exact = [part.double() for part in parts]
+    whole = torch.stack(exact).sum(0)
+    variance = float(whole.square().sum())
+    return [float((part * whole).sum()) / variance for part in exact] if variance > 0 else []
+
+
 def bradley_terry_loss(
     scores: Float[Tensor, " row"],
     group_index: Int[Tensor, " row"],
     is_teacher: Bool[Tensor, " row"],
     *,
-    num_pairs: int,
+    num_pairs: float | int,
+    weights: Float[Tensor, " row"] | None = None,
 ) -> Float[Tensor, ""]:
     """`-log sigmoid(s_teacher - s_student)` over every teacher-student pair of a group: log 2 at
     equal scores.
@@ -51,12 +77,13 @@ def bradley_terry_loss(
         scores: the discriminator's scores.
         group_index: rows pair only within the same group.
         is_teacher: the row's role.
-        num_pairs: teacher-student pairs of the whole batch (P x G x K).
+        num_pairs: teacher-student pairs of the whole batch (P x G x K), each as many times as its weight.
+        weights: what a pair counts, by the row of its teacher response; 1 each without them.
 
     Source: arXiv 2511.10643, eq. 3 and 8.
     """
     teacher, student = _pairs(group_index, is_teacher)
-    return -F.logsigmoid(scores[teacher] - scores[student]).sum() / num_pairs
+    return _weighted_sum(-F.logsigmoid(scores[teacher] - scores[student]), weights, teacher) / num_pairs
 
 
 def cross_entropy_loss(
@@ -64,7 +91,8 @@ def cross_entropy_loss(
     group_index: Int[Tensor, " row"],
     is_teacher: Bool[Tensor, " row"],
     *,
-    num_pairs: int,
+    num_pairs: float | int,
+    weights: Float[Tensor, " row"] | None = None,
 ) -> Float[Tensor, ""]:
     """`-log sigmoid(s_teacher) - log(1 - sigmoid(s_student))` over the same pairs: 2 log 2 at
     scores of zero.
@@ -72,7 +100,27 @@ def cross_entropy_loss(
     Source: arXiv 2511.10643, eq. 4 (ablation only).
     """
     teacher, student = _pairs(group_index, is_teacher)
-    return -(F.logsigmoid(scores[teacher]) + F.logsigmoid(-scores[student])).sum() / num_pairs
+    costs = -(F.logsigmoid(scores[teacher]) + F.logsigmoid(-scores[student]))
+    return _weighted_sum(costs, weights, teacher) / num_pairs
+
+
+def centring_loss(scores: Float[Tensor, " row"], *, num_rows: int) -> Float[Tensor, ""]:
+    """Mean square of the raw scores: what ties them to zero.
+
+    Pair losses see differences alone. So nothing else holds the level of the scores, nor their size once
+    teacher and student are told apart.
+
+    Args:
+        scores: the discriminator's, which are the reward.
+        num_rows: rows of the whole batch.
+    """
+    return scores.square().sum() / num_rows
+
+
+def _weighted_sum(
+    costs: Float[Tensor, " pair"], weights: Float[Tensor, " row"] | None, teacher: Int[Tensor, " pair"]
+) -> Float[Tensor, ""]:
+    return costs.sum() if weights is None else (weights[teacher] * costs).sum()
 
 
 def _pairs(
@@ -88,13 +136,21 @@ def sft_loss(
     logprobs: Float[Tensor, "row token"],
     response_mask: Bool[Tensor, "row token"],
     *,
-    num_tokens: int,
+    num_tokens: float | int,
+    weights: Float[Tensor, " row"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean negative log-probability of the teacher's tokens over all response tokens of the batch.
 
+    Args:
+        logprobs: log-probability of each token.
+        response_mask: true on the teacher's tokens, the end-of-turn token included.
+        num_tokens: response tokens of the whole batch, each as many times as its weight.
+        weights: what the tokens of a row count; 1 each without them.
+
     Source: arXiv 2511.10643, Algorithm 1, warmup; token mean as in the reference's SFT loss.
     """
-    return -_on_tokens(logprobs, response_mask).sum() / num_tokens
+    costs = -_on_tokens(logprobs, response_mask)
+    return (costs if weights is None else weights[:, None] * costs).sum() / num_tokens
 
 
 def grpo_loss(

@@ -53,6 +53,7 @@ class Workload:
         has_reference: whether there is a KL term.
         sampler: which one.
         is_flex: whether attention is FlexAttention, as on a GPU.
+        saves_in_background: whether checkpoints are written from a copy while training goes on.
     """
 
     student: ModelShape
@@ -73,6 +74,7 @@ class Workload:
     has_reference: bool = True
     sampler: Literal["local", "vllm", "servers"] = "local"
     is_flex: bool = True
+    saves_in_background: bool = False
 
     @property
     def passes(self) -> Passes:
@@ -214,9 +216,25 @@ def smallest_number_of_gpus(work: Workload, most: int = 1024) -> int | None:
 
 def checkpoint_bytes(work: Workload) -> float:
     """Of a checkpoint on disk: weights and AdamW's moments of student and discriminator."""
+    return float((1 + _MOMENTS) * _saved_bytes(work))
+
+
+def background_bytes(work: Workload) -> tuple[float, float]:
+    """Of host memory for the copy that a checkpoint is written from in the background.
+
+    Returns:
+        That of the first process, which puts the weights together, and that of each other one: its share of
+        AdamW's moments.
+    """
+    moments = _MOMENTS * _saved_bytes(work) / work.gpus
+    return _saved_bytes(work) + moments, moments
+
+
+def _saved_bytes(work: Workload) -> int:
+    """Of the weights in a checkpoint: those that are trained."""
     student = work.trained(work.student.parameters, work.student)
     discriminator = work.trained(work.discriminator.decoder_parameters, work.discriminator)
-    return float((1 + _MOMENTS) * (student + discriminator) * work.trained_bytes)
+    return (student + discriminator) * work.trained_bytes
 
 
 def _weights(work: Workload, student: int, discriminator: int) -> dict[str, float]:

@@ -4,7 +4,8 @@
 Names are `part/name_unit`. The discriminator's scores have no absolute meaning: only differences
 within one prompt count, so score levels are never a headline. How well they rank the samples of a prompt
 is what matters most and cannot be measured without an oracle; `detail/rouge_rank_correlation` is a weak
-proxy (see `stages/diagnostics.py`).
+proxy (see `stages/diagnostics.py`). What an alarm reads may well be a detail: the catalogue of alarms says
+what it means.
 """
 
 from dataclasses import dataclass
@@ -122,6 +123,13 @@ HEADLINES: tuple[Metric, ...] = (
         "ROUGE-L",
         "overlap of greedy held-out answers with the teacher's: a diagnostic, not quality",
         "falling steadily",
+    ),
+    Metric(
+        "evaluation/tell_accuracy",
+        "told by a classifier",
+        "how often an independent classifier tells greedy held-out answers from the teacher's; 0.5 is chance",
+        "rising while the student's scores do: it learns to please the discriminator, not to write like the "
+        "teacher",
     ),
     Metric(
         "evaluation/length_ratio",

@@ -7,6 +7,7 @@ add up.
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,33 +15,52 @@ from gadfly import losses
 from gadfly.discriminator import Scores
 from gadfly.groups import Group
 from gadfly.logprobs import Logprobs
-from gadfly.packing import MicroBatch, num_response_tokens
+from gadfly.packing import MicroBatch, num_response_tokens, num_rows
 
 ScoreObjective = Callable[[Scores, MicroBatch], Tensor]
 LogprobObjective = Callable[[Logprobs, MicroBatch], Tensor]
 
 
 def discriminator_objective(
-    groups: Sequence[Group], kind: Literal["bradley_terry", "cross_entropy"]
+    groups: Sequence[Group], kind: Literal["bradley_terry", "cross_entropy"], *, centring: float = 0.0
 ) -> ScoreObjective:
-    """The discriminator's loss over all P x G x K pairs of the batch."""
-    num_pairs = sum(len(group.teachers) * len(group.students) for group in groups)
+    """The discriminator's loss over all P x G x K pairs of the batch.
+
+    Args:
+        groups: teacher and student branches; a pair counts as much as its teacher branch.
+        kind: which loss.
+        centring: weight of the mean square of the scores beside it.
+    """
+    num_pairs = sum(branch.weight * len(group.students) for group in groups for branch in group.teachers)
+    weights, total_rows = _row_weights(groups), num_rows(groups)
     loss = losses.bradley_terry_loss if kind == "bradley_terry" else losses.cross_entropy_loss
 
     def objective(scores: Scores, batch: MicroBatch) -> Tensor:
-        return loss(scores.values, batch.group_index, batch.is_teacher, num_pairs=num_pairs)
+        own = None if weights is None else weights.to(scores.values)[batch.rows]
+        told = loss(scores.values, batch.group_index, batch.is_teacher, num_pairs=num_pairs, weights=own)
+        if centring == 0:
+            return told
+        return told + centring * losses.centring_loss(scores.values, num_rows=total_rows)
 
     return objective
 
 
 def sft_objective(groups: Sequence[Group]) -> LogprobObjective:
-    """Imitation of the teacher responses: each is back-propagated once."""
-    num_tokens = num_response_tokens(groups)
+    """Imitation of the teacher responses: each is back-propagated once, and counts by its weight."""
+    weights = _row_weights(groups)
+    num_tokens = sum(branch.weight * len(branch.tokens) for group in groups for branch in group.branches)
 
     def objective(now: Logprobs, batch: MicroBatch) -> Tensor:
-        return losses.sft_loss(now.values, batch.response_mask, num_tokens=num_tokens)
+        own = None if weights is None else weights.to(now.values)[batch.rows]
+        return losses.sft_loss(now.values, batch.response_mask, num_tokens=num_tokens, weights=own)
 
     return objective
+
+
+def _row_weights(groups: Sequence[Group]) -> Float[Tensor, " row"] | None:
+    """What each row of the batch counts; None where all count 1."""
+    weights = [branch.weight for group in groups for branch in group.branches]
+    return None if all(weight == 1 for weight in weights) else torch.tensor(weights, dtype=torch.float64)
 
 
 def grpo_objective(

@@ -67,10 +67,17 @@ class Processes:
         return result[0]
 
     def limit_waits(self, seconds: float) -> None:
-        """How long one process may keep the others waiting from now on."""
+        """How long one process may keep the others waiting, without progress, from now on."""
 
     def note(self, what: str) -> None:
         """Say what this process is about to do: it is what the others learn if it never ends."""
+
+    def progress(self, what: str) -> None:
+        """Say how far this process has come with what it does: what moves is not stuck, however slow.
+
+        As often as one likes, and in every process another number of times, while `note` is for what all of
+        them come to.
+        """
 
     def beside(self) -> "Processes":
         """The same processes for a thread that works beside the main one."""

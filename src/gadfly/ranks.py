@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from gadfly.errors import GadflyError, RanksError
+from gadfly.errors import GadflyError, RanksError, UserError
 from gadfly.heartbeats import Heartbeats, Status
 from gadfly.processes import Processes
 
@@ -31,9 +31,11 @@ _CONNECT_SECONDS = 300
 class Ranks(Processes):
     """This process among the others; opened by `open_ranks`."""
 
-    def __init__(self, status: Status, heartbeats: Heartbeats):
+    def __init__(self, status: Status, heartbeats: Heartbeats, name: str = "main"):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._status, self._heartbeats = status, heartbeats
+        self._status, self._heartbeats, self._name = status, heartbeats, name
+        # Each thread counts its own: the threads of two ranks come to theirs in any order.
+        self._num_meetings = self._num_beside = 0
         # Of its own: on GPUs the group of the models cannot carry Python objects.
         self.group = dist.new_group(backend="gloo", timeout=_NETWORK_TIMEOUT)
 
@@ -55,9 +57,12 @@ class Ranks(Processes):
                     outcome[0] = action()
                 except GadflyError as error:
                     outcome[1] = error
+                # What asks an API has asyncio listen in its place.
+                self._heartbeats.requests.listen()
             if is_patient:
                 # A collective would run into its time-out.
-                self._heartbeats.meet(what)
+                self._num_meetings += 1
+                self._heartbeats.meet(f"{self._name}/{self._num_meetings}")
             dist.broadcast_object_list(outcome, src=0, group=self.group)
         result, refusal = outcome
         if refusal is not None:
@@ -75,26 +80,18 @@ class Ranks(Processes):
         """Say what this process is about to do."""
         self._status.note(what)
 
+    def progress(self, what: str) -> None:
+        """Say how far this process has come with what it does."""
+        self._status.progress(what)
+
     def beside(self) -> "Ranks":
         """The same processes for a thread that works beside the main one, with a group of its own."""
-        return Ranks(self._status.beside(), self._heartbeats)
+        self._num_beside += 1
+        return Ranks(self._status.beside(), self._heartbeats, f"{self._name}/beside-{self._num_beside}")
 
     def limit_waits(self, seconds: float) -> None:
-        """How long one rank may keep the others waiting from now on."""
+        """How long one rank may keep the others waiting, without progress, from now on."""
         self._heartbeats.timeout_seconds = seconds
-
-    def explained(self, failure: BaseException) -> BaseException:
-        """What to raise in place of a failure, so that one rank, and one alone, tells its cause."""
-        # A launcher that has noticed too asks all to end, in the middle of this.
-        _ignore_signals()
-        if isinstance(failure, SystemExit | KeyboardInterrupt) or _is_of_the_network(failure):
-            line = self._heartbeats.gone()
-            return failure if line is None else _silent_if(not line, RanksError(line))
-        is_to_tell = self._heartbeats.confess(f"{type(failure).__name__}: {failure}")
-        if not isinstance(failure, GadflyError):
-            return failure
-        named = failure if self.rank == 0 else type(failure)(f"rank {self.rank}: {failure}")
-        return _silent_if(not is_to_tell, named)
 
 
 @contextlib.contextmanager
@@ -109,8 +106,6 @@ def open_ranks(on_stuck: Callable[[str], None]) -> Iterator[Ranks]:
         RanksError: the other processes cannot be reached, or one of them is gone.
     """
     is_ours = not dist.is_initialized()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         store = _store()
         if is_ours:
@@ -129,13 +124,14 @@ def open_ranks(on_stuck: Callable[[str], None]) -> Iterator[Ranks]:
             f"the other processes cannot be reached ({str(failure).splitlines()[0]}); start all of them with "
             f"torchrun, with the same rendezvous"
         ) from failure
-    heartbeats.start(on_stuck)
-    ranks = Ranks(status, heartbeats)
     try:
+        heartbeats.start(on_stuck)
+        _take_gpu()
+        ranks = Ranks(status, heartbeats)
         yield ranks
         ranks.gather("end of the run", None)
     except BaseException as failure:
-        explained = ranks.explained(failure)
+        explained = _explained(failure, heartbeats, dist.get_rank())
         if explained is failure:
             raise
         raise explained from failure
@@ -155,6 +151,30 @@ def _await_all(store: Any) -> None:
             named = ", ".join(map(str, missing))
             raise RuntimeError(f"rank {named} has not come within {_CONNECT_SECONDS} s")
         time.sleep(0.1)
+
+
+def _take_gpu() -> None:
+    """Make the GPU of this process the one that is meant where none is named."""
+    if not torch.cuda.is_available():
+        return
+    wanted, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if wanted >= there:
+        raise UserError(f"LOCAL_RANK = {wanted}: there are {there} GPUs here; start no more processes")
+    torch.cuda.set_device(wanted)
+
+
+def _explained(failure: BaseException, heartbeats: Heartbeats, rank: int) -> BaseException:
+    """What to raise in place of a failure, so that one rank, and one alone, tells its cause."""
+    # A launcher that has noticed too asks all to end, in the middle of this.
+    _ignore_signals()
+    if isinstance(failure, SystemExit | KeyboardInterrupt) or _is_of_the_network(failure):
+        line = heartbeats.gone()
+        return failure if line is None else _silent_if(not line, RanksError(line))
+    is_to_tell = heartbeats.confess(f"{type(failure).__name__}: {failure}")
+    if not isinstance(failure, GadflyError):
+        return failure
+    named = failure if rank == 0 else type(failure)(f"rank {rank}: {failure}")
+    return _silent_if(not is_to_tell, named)
 
 
 def _ignore_signals() -> None:

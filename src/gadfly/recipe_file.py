@@ -27,6 +27,7 @@ _PATHS = (
     "student.model",
     "discriminator.model",
     "gad.start_from",
+    "gad.rewards",
     "generate.checkpoints",
     "judge.score_prompt",
     "judge.pairwise_prompt",
@@ -138,7 +139,7 @@ def _resolve(value: Any, folder: Path, dotted: str) -> Any:
 
 
 def _means_path(dotted: str, value: str, resolved: str) -> bool:
-    if dotted == "run_folder":
+    if dotted in ("run_folder", "gad.rewards"):
         return True
     if dotted == "gad.start_from":
         return value != "latest"

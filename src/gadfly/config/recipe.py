@@ -9,9 +9,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from gadfly.config.alarms import AlarmsConfig
 from gadfly.config.api import JudgeConfig, TeacherConfig
+from gadfly.config.audit import AuditConfig
 from gadfly.config.sampling import SamplingConfig
-from gadfly.config.section import Count, Files, Name, PositiveRate, Schedule, Section, Steps, Text
+from gadfly.config.section import Count, Files, Name, Section, Text
+from gadfly.config.training import (
+    DiscriminatorConfig,
+    GadConfig,
+    SeqkdConfig,
+    StudentConfig,
+    WarmupConfig,
+)
 
 TRAINING_STAGES = ("seqkd", "seqkd-equal-time", "discriminator-lm", "warmup", "gad")
 """Stages with checkpoints, each in the folder of its name."""
@@ -35,126 +44,11 @@ class DataConfig(Section):
     """Test sets by name, for `generate`; teacher responses are optional there."""
     over_long_responses: Literal["cut", "drop"] = "cut"
     """Training responses over `sampling.max_response_tokens`: cut and marked unfinished, or left out."""
+    teachers: dict[Text, Annotated[float, Field(gt=0)]] = {}
+    """Whose responses of `train` and `valid` are used, and what each counts in the losses, as in
+    `{ "gpt-4o" = 1.0, "mistral" = 0.5 }`; a row's `teacher` says whose they are. Default: all alike."""
     valid_share: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of `train` held out when `valid` is not given: chosen by a hash of the prompt, so it stays."""
-
-
-class Optimizer(Section):
-    """AdamW for one role. The learning rate is the stage's, since it differs from stage to stage."""
-
-    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.999,
-    )
-    """Decay of AdamW's running mean and running square."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's weight decay, on every parameter."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 0.2
-    """Gradients are scaled down to this norm."""
-
-
-class StudentConfig(Optimizer):
-    """The model that learns."""
-
-    model: Text
-    """A Hugging Face name or a folder."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Type of the weights of student, discriminator and reference. `bfloat16` halves the memory, but loses
-    every step smaller than its rounding: rates near 1e-6 train nothing. For speed set `engine.precision`."""
-    lora_rank: Steps = 0
-    """0: every weight is trained. Above: student, discriminator and reference are LoRA adapters of this rank,
-    in all linear layers of one frozen model (not in experts that are one tensor), which is in memory once and
-    whose `dtype` may be `bfloat16`: adapters are finer. Learning rates that are not given are then ten times
-    the defaults here."""
-    lora_alpha: Count | None = None
-    """An adapter counts `lora_alpha / lora_rank` times. Default: twice the rank."""
-
-
-class DiscriminatorConfig(Optimizer):
-    """The model that tells teacher from student; its score is the student's reward."""
-
-    model: Text | None = None
-    """A Hugging Face name or a folder. Default: the student's, in its original weights."""
-    reads: Literal["text", "tokens"] = "text"
-    """`text`: both roles' responses are decoded and tokenised afresh, so an odd tokenisation of a
-    sample gives nothing away. `tokens`: the sampled ids, as in the reference."""
-    loss: Literal["bradley_terry", "cross_entropy"] = "bradley_terry"
-    """Paper eq. 3, or eq. 4 for the ablation."""
-    learning_rate: PositiveRate = 1e-6
-    """Constant. Used in `warmup` and `gad`, unless a stage gives its own `discriminator_learning_rate`."""
-    lm_steps: Steps = 0
-    """Steps of language modelling on the teacher's responses before everything else. Helps where
-    the base model knows little of the teacher's language; a pretrained LLM needs none."""
-    lm_learning_rate: PositiveRate = 1e-5
-    """Learning rate of those steps, on the schedule of the warmup stage."""
-    lm_batch_prompts: Count = 64
-    """Prompts in a batch of those steps."""
-
-
-class Training(Section):
-    """What every training stage has."""
-
-    learning_rate: PositiveRate = 1e-6
-    """The student's learning rate."""
-    learning_rate_schedule: Schedule = "constant"
-    """`cosine` falls to zero, which it would reach one step after the last; it is the student's."""
-    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """Passes over the training prompts."""
-    max_steps: Count | None = None
-    """Number of steps, whatever `epochs` says; in warmup, of the student's."""
-    batch_prompts: Count = 256
-    """Prompts in a batch."""
-    save_every: Count = 50
-    """Steps between checkpoints; the last step is always saved."""
-    evaluate_every: Count = 50
-    """Steps between evaluations on held-out prompts; always before the first and after the last."""
-
-
-class SeqkdConfig(Training):
-    """The baseline: supervised fine-tuning (SFT) on the teacher's responses."""
-
-    learning_rate: PositiveRate = 5e-6
-    """The student's learning rate (paper A.2: best of 1e-6 to 5e-6 for SeqKD)."""
-    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
-    """Passes over the training prompts: as many as warmup and gad make together in the paper."""
-    equal_time: bool = False
-    """Also train `seqkd-equal-time`, a baseline with as many seconds as warmup and gad took together."""
-    equal_time_learning_rate: PositiveRate | None = None
-    """Its learning rate, best chosen on validation data. Default: `learning_rate`."""
-
-
-class WarmupConfig(Training):
-    """SFT of the student while the discriminator learns to tell its fresh samples from the teacher."""
-
-    group_size: Count = 8
-    """Fresh samples a prompt for the discriminator."""
-    discriminator_only_steps: Steps = 10
-    """Steps of the discriminator alone, before the student moves."""
-    discriminator_every: Steps = 1
-    """The discriminator takes a step at every n-th step of the student; 0: it waits for the final steps."""
-    discriminator_final_steps: Steps = 0
-    """Steps of the discriminator alone on samples of the finished student, at the end."""
-    discriminator_learning_rate: PositiveRate | None = None
-    """The discriminator's in this stage. Default: `discriminator.learning_rate`."""
-
-
-class GadConfig(Training):
-    """GRPO against the live discriminator (paper, Algorithm 1)."""
-
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """Samples a prompt (G). One alone would have no advantage."""
-    epochs: Annotated[float, Field(gt=0, le=1e6)] = 2.0
-    """Passes over the training prompts."""
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.001
-    """Weight of the KL term (k3) to the frozen post-warmup student. 0: no reference model is loaded."""
-    clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Half-width of the probability ratio's range around 1; idle at one update a batch."""
-    discriminator_learning_rate: PositiveRate | None = None
-    """The discriminator's in this stage. Default: `discriminator.learning_rate`."""
-    start_from: Literal["latest"] | Steps | Text = "latest"
-    """`latest`: go on where this stage stopped, or else from warmup's end. A step: go back to that
-    checkpoint of this stage. A path: a checkpoint folder whose student and discriminator are taken
-    instead of warmup's."""
 
 
 class EvaluationConfig(Section):
@@ -241,6 +135,8 @@ class Recipe(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     engine: EngineConfig = EngineConfig()
     trackers: TrackersConfig = TrackersConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
+    audit: AuditConfig = AuditConfig()
 
     @model_validator(mode="after")
     def _adapters_are_of_one_model(self) -> "Recipe":

@@ -33,7 +33,7 @@ def run_demo(folder: Path, seed: int, overrides: Sequence[str] = ()) -> str:
     with open_run(recipe) as run:
         for stage in (seqkd, warmup, gad, seqkd_equal_time, generate):
             stage(run)
-        _count_valid_answers(run.folder)
+        count_valid_answers(run.folder)
         report(run)
         return _table(run.folder)
 
@@ -47,7 +47,7 @@ def _prepare(folder: Path, seed: int, overrides: Sequence[str]) -> Recipe:
     return load_recipe(folder / "recipe.toml", overrides)
 
 
-def _count_valid_answers(folder: RunFolder) -> None:
+def count_valid_answers(folder: RunFolder) -> None:
     """Let the oracle judge every generation, and put its figures into `summary.json`."""
     for file in sorted((folder.path / "generations").glob("*.jsonl")):
         rows = folder.rows(f"generations/{file.name}")

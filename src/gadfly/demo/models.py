@@ -33,11 +33,11 @@ _MEMORY_TOKENS = 6
 _INITIALIZER_RANGE = 0.07
 
 
-def save_models(folder: Path, seed: int) -> None:
+def save_models(folder: Path, seed: int, *, memory_tokens: int = _MEMORY_TOKENS) -> None:
     """Write `student` and `discriminator` into `folder`, in random weights that follow from `seed`.
 
-    The student (20,320 parameters) forgets; the discriminator (114,496) sees the whole text.
-    Torch's own random state stays as it was.
+    The student (20,320 parameters) sees the record and its own last `memory_tokens`; the discriminator
+    (114,496) sees the whole text. Torch's own random state stays as it was.
     """
     tokenizer = word_tokenizer()
     shared = {
@@ -55,7 +55,7 @@ def save_models(folder: Path, seed: int) -> None:
         num_hidden_layers=1,
         num_attention_heads=2,
         record_tokens=PROMPT_TOKENS,
-        memory_tokens=_MEMORY_TOKENS,
+        memory_tokens=memory_tokens,
         **shared,
     )
     discriminator = LlamaConfig(

@@ -21,6 +21,7 @@ from gadfly.engine.sharding import Reading, recompute_activations, reshard, shar
 from gadfly.errors import AlarmError
 from gadfly.groups import Group
 from gadfly.logprobs import Logprobs
+from gadfly.lora import left_out_of_saves
 from gadfly.packing import MicroBatch, cuts, filler, num_rows, num_tokens, pack
 from gadfly.processes import Processes, deal
 
@@ -129,7 +130,7 @@ class Engine(Generic[Output]):
         if ids := [prompt for _, some in told for prompt in some]:
             self._adamw.zero_grad()
             loss_sum = sum(part for part, _ in told)
-            raise AlarmError(f"the loss is {loss_sum} (prompts {', '.join(ids)})")
+            raise AlarmError(f"the loss is {loss_sum} (prompts {', '.join(ids)}); nothing was updated")
         return self._merged(groups, pieces), sum(part for part, _ in told)
 
     def clip_gradients(self) -> float:
@@ -143,7 +144,7 @@ class Engine(Generic[Output]):
         norm = float(whole(nn.utils.clip_grad_norm_(self._trained(), self._settings.max_grad_norm)))
         if not math.isfinite(norm):
             self._adamw.zero_grad()
-            raise AlarmError(f"the gradient norm is {norm}")
+            raise AlarmError(f"the gradient norm is {norm}; nothing was updated")
         return norm
 
     def step(self, learning_rate: float) -> None:
@@ -165,9 +166,9 @@ class Engine(Generic[Output]):
                 yield name, whole(parameter.detach())
 
     def whole_state(self, *, is_copy: bool = False) -> dict[str, Tensor]:
-        """All tensors of the model by name; of shards, put together in the first process's memory.
+        """The tensors by name that a saved model consists of: of an adapter, not those of the frozen model.
 
-        Every process has to ask; the others get nothing.
+        Shards are put together in the first process's memory. Every process has to ask; others get nothing.
 
         Args:
             is_copy: whether they are to stay as they are when the model is trained on.
@@ -175,7 +176,10 @@ class Engine(Generic[Output]):
         reshard(self._reading)
         state: dict[str, Tensor] = {}
         kept: dict[int, Tensor] = {}
+        left_out = left_out_of_saves(self.model)
         for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if name in left_out:
+                continue
             # Tied weights stay one tensor.
             if id(tensor) not in kept:
                 self._processes.note(f"the saving of {name}")

@@ -1,6 +1,6 @@
 """The sampler in plain PyTorch: prompts prefilled once a group, finished rows dropped as they end."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from gadfly.samplers.decoding import open_decoder
 from gadfly.samplers.sampler import Request, Sample
 
 _CANARY_TOKENS = 32
+_REMEDY = 'set engine.precision = "float32", or run on one process, which needs no copy'
 
 
 class LocalSampler:
@@ -26,6 +27,7 @@ class LocalSampler:
         max_parallel_responses: responses decoded at once, though a request is never split; changes
             speed and memory, not the samples.
         canary: for a model of its own, whose weights are to be checked after every update.
+        progress: told in words, before each token of the responses decoded together, where sampling is.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class LocalSampler:
         *,
         max_parallel_responses: int = 256,
         canary: Canary | None = None,
+        progress: Callable[[str], None] | None = None,
     ):
         self._model = model
         self._canary = canary
+        self._progress = progress
         self._end_ids = torch.tensor(sorted(end_ids), device=model.device)
         self._max_parallel_responses = max_parallel_responses
 
@@ -54,7 +58,7 @@ class LocalSampler:
                     own[name].copy_(value)
         if self._canary is not None:
             text = canary_text(self._model.config.get_text_config().vocab_size, _CANARY_TOKENS)
-            self._canary.check("the inference copy", text, self._logprobs(text))
+            self._canary.check("the inference copy", text, self._logprobs(text), remedy=_REMEDY)
 
     @torch.inference_mode()
     def _logprobs(self, tokens: Sequence[int]) -> list[float]:
@@ -108,6 +112,8 @@ class LocalSampler:
         # Kept as tensors until the end: reading numbers one by one costs more than drawing them.
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
         for position in range(max_response_tokens):
+            if self._progress is not None:
+                self._progress(f"sampling: token {position + 1} of at most {max_response_tokens}")
             tokens, logprobs = _draw(
                 logits, temperature, None if uniforms is None else uniforms[position][alive]
             )

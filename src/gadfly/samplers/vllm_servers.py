@@ -90,6 +90,8 @@ class VllmServers:
         self._canary_request = Request(start, 1, "canary")
         self._text: list[int] = []
         at_once(self._servers, lambda connection: open_server(connection, max_tokens, start))
+        # The first process pauses them next, and another one that still opens them would have them go on.
+        self._processes.gather("opening of the servers", None)
         self._hand_over = open_hand_over(folder)
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -126,6 +128,7 @@ class VllmServers:
             ApiError: a server refuses, or none is left.
         """
         answers: dict[Job, Sample] = {}
+        total = sum(request.num_samples for request in requests)
         jobs = [
             deque((index, sample) for sample in range(request.num_samples))
             for index, request in enumerate(requests)
@@ -136,6 +139,7 @@ class VllmServers:
             answers[job] = await self._draw(
                 connection, requests[index], sample, temperature, max_response_tokens
             )
+            self._processes.progress(f"sampling: {len(answers)} of {total} responses")
 
         asyncio.run(self._deal(deque(group for group in jobs if group), draw))
         return [

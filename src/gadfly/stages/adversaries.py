@@ -11,10 +11,12 @@ from gadfly.config import Training
 from gadfly.discriminator import Scores
 from gadfly.groups import Group
 from gadfly.lora import SharedBase
+from gadfly.replay import Replay
 from gadfly.samplers import Sample
 from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.evaluation import Evaluation, frozen_probe
 from gadfly.stages.examples import Batches, Example, check_context, training_examples
+from gadfly.stages.lesson import RECENT_STEPS, Lessons, Timetable
 from gadfly.stages.loop import TrainingLoop, training_loop
 from gadfly.stages.roles import (
     DiscriminatorRole,
@@ -59,6 +61,8 @@ class Adversaries:
     shared: SharedBase | None
     batches: Batches
     valid: list[Example]
+    replay: Replay
+    start: Checkpoint | None
     resumed_from: Checkpoint | None
 
     def rollout(self, step: int, group_size: int, batch: list[Example]) -> Rollout:
@@ -75,6 +79,27 @@ class Adversaries:
             purpose=f"{self.stage}/{step}",
         )
         return Rollout(groups, self.discriminator.view(groups, batch), samples)
+
+    def lessons(self, *, every: int = 1, rests_above: float | None = None) -> Lessons:
+        """The discriminator's lessons in this stage; see `Timetable` for when there are none."""
+        recipe = self.run.recipe
+        recent = [] if rests_above is None else self._recent_accuracies()
+        return Lessons(
+            self.discriminator.engine,
+            recipe.discriminator,
+            list(recipe.data.teachers),
+            Timetable(every, rests_above, recent),
+            self.replay,
+        )
+
+    def _recent_accuracies(self) -> list[float]:
+        """The fresh accuracies of the last steps before a resume, the newest at the end."""
+        last = self.resumed_from.step if self.resumed_from else 0
+        return [
+            row["discriminator/accuracy"]
+            for row in self.run.folder.rows("metrics.jsonl")
+            if row["stage"] == self.stage and row["step"] <= last and "discriminator/accuracy" in row
+        ][-RECENT_STEPS:]
 
     @contextmanager
     def training_loop(self, total_steps: int, training: Training) -> Iterator[TrainingLoop]:
@@ -96,10 +121,12 @@ class Adversaries:
         probe = self.discriminator.view([example.group for example in stored], stored)
         write_student = self.student.snapshot(is_copy=is_copy)
         write_discriminator = self.discriminator.snapshot(probe, is_copy=is_copy)
+        write_replay = self.replay.snapshot()
 
         def write(folder: Path) -> None:
             write_student(folder / "student")
             write_discriminator(folder / "discriminator")
+            write_replay(folder / "trainer")
 
         return write
 
@@ -117,6 +144,7 @@ class Adversaries:
             seed=recipe.seed,
             processes=self.run.processes,
             is_resumed=self.resumed_from is not None,
+            start=self.start.path if self.start else None,
         )
         return Evaluation(
             self.valid, self.student, recipe.sampling.max_response_tokens, self.discriminator, probe
@@ -131,6 +159,7 @@ def open_adversaries(
     temperature: float,
     start: Checkpoint | None,
     discriminator_base: str | Path | None = None,
+    replay: Replay | None = None,
 ) -> Adversaries:
     """Open both players, from where the stage stopped or from where it starts.
 
@@ -143,8 +172,11 @@ def open_adversaries(
         temperature: at which the student's log-probabilities are read.
         start: the stage before; None to start from the base models.
         discriminator_base: what to put a new head on where there is no stage before (default: the recipe's).
+        replay: an empty store of groups; it is filled from the checkpoint where there is one. Default: none
+            is kept.
     """
     recipe = run.recipe
+    replay = replay or Replay(groups=0, steps=1, seed=recipe.seed)
     resumed = latest_checkpoint(run.folder.stage(stage), run.processes)
     origin = resumed or start
     source = origin.path / "student" if origin else recipe.student.model
@@ -156,10 +188,11 @@ def open_adversaries(
     if resumed:
         restore_optimizer(run, student.engine, resumed, "student")
         restore_optimizer(run, discriminator.engine, resumed, "discriminator")
+        replay.restore(resumed.path / "trainer")
     examples, valid = training_examples(run, student.model, student.renderer)
     check_context(discriminator.model.backbone, examples, recipe.sampling.max_response_tokens)
     batches = Batches(examples, training.batch_prompts, recipe.seed, stage)
-    return Adversaries(run, stage, student, discriminator, shared, batches, valid, resumed)
+    return Adversaries(run, stage, student, discriminator, shared, batches, valid, replay, start, resumed)
 
 
 def sample_rows(rollout: Rollout, batch: list[Example], scores: Scores) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """A step's outputs as metrics (names and meanings: `metrics.py`)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from jaxtyping import Float
@@ -28,22 +30,94 @@ def student_scores(scores: Scores, groups: Sequence[Group]) -> Float[Tensor, "gr
     return scores.values[mask].reshape(len(groups), -1)
 
 
-def discriminator_metrics(scores: Scores, groups: Sequence[Group], prefix: str = "discriminator") -> Metrics:
-    """Accuracy (ties half) and gap over all pairs, and the spread within groups."""
-    values = scores.values.double()
-    wins, gaps, row = [], [], 0
-    for group in groups:
-        teachers = values[row : row + len(group.teachers)]
-        students = values[row + len(group.teachers) : row + len(group.branches)]
-        row += len(group.branches)
-        gap = (teachers[:, None] - students[None, :]).flatten()
-        wins.append((gap > 0).double() + 0.5 * (gap == 0).double())
-        gaps.append(gap)
-    gap_name = "margin" if prefix == "probe" else "score_gap"
-    return {
-        f"{prefix}/accuracy": float(torch.cat(wins).mean()),
-        f"{prefix}/{gap_name}": float(torch.cat(gaps).mean()),
+@dataclass(frozen=True)
+class GroupScores:
+    """The scores of one group: a teacher's for each of its teacher branches, then the samples'."""
+
+    teachers: Float[Tensor, " teacher"]
+    students: Float[Tensor, " sample"]
+
+    @property
+    def gaps(self) -> Float[Tensor, "teacher sample"]:
+        """Teacher less sample, for every pair."""
+        return self.teachers[:, None] - self.students[None, :]
+
+
+def scores_by_group(scores: Scores, groups: Sequence[Group]) -> list[GroupScores]:
+    """The rows of a batch as groups, in double precision on the CPU."""
+    counts = [count for group in groups for count in (len(group.teachers), len(group.students))]
+    parts = scores.values.double().cpu().split(counts)
+    return [GroupScores(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def accuracy_and_gap(grouped: Sequence[GroupScores]) -> tuple[float, float]:
+    """Over all pairs: the share in which the teacher scores higher (ties half), and the mean gap."""
+    gaps = torch.cat([group.gaps.flatten() for group in grouped])
+    return float(_wins(gaps).mean()), float(gaps.mean())
+
+
+def discriminator_metrics(scores: Scores, groups: Sequence[Group]) -> Metrics:
+    """What the discriminator makes of a step's fresh groups, and whether length or rounding decides it.
+
+    Args:
+        scores: before the update.
+        groups: as the discriminator reads them.
+    """
+    grouped = scores_by_group(scores, groups)
+    accuracy, gap = accuracy_and_gap(grouped)
+    metrics = {
+        "discriminator/accuracy": accuracy,
+        "discriminator/score_gap": gap,
+        "detail/score_rms": float(scores.values.double().square().mean().sqrt()),
     }
+    details = {
+        "detail/tied_fraction": _tied_fraction(grouped, groups),
+        "detail/length_matched_accuracy": _length_matched_accuracy(grouped, groups),
+        "detail/length_score_correlation": _length_score_correlation(grouped, groups),
+    }
+    return metrics | {name: value for name, value in details.items() if value is not None}
+
+
+def _wins(gaps: Tensor) -> Tensor:
+    return (gaps > 0).double() + 0.5 * (gaps == 0).double()
+
+
+def _tied_fraction(grouped: Sequence[GroupScores], groups: Sequence[Group]) -> float | None:
+    """Of the pairs of branches of a group with different texts, the share with one score to the last bit.
+
+    More than a few are the work of rounding: the scores are computed too coarsely.
+    """
+    num_pairs = num_tied = 0
+    for own, group in zip(grouped, groups, strict=True):
+        scores = [*own.teachers.tolist(), *own.students.tolist()]
+        branches = zip(scores, (branch.text for branch in group.branches), strict=True)
+        for (score, text), (other_score, other_text) in combinations(branches, 2):
+            num_pairs += text != other_text
+            num_tied += text != other_text and score == other_score
+    return num_tied / num_pairs if num_pairs else None
+
+
+def _length_matched_accuracy(grouped: Sequence[GroupScores], groups: Sequence[Group]) -> float | None:
+    """Accuracy over the pairs whose lengths in tokens differ by at most a tenth of the longer."""
+    is_matched = [
+        10 * abs(len(teacher.tokens) - len(student.tokens)) <= max(len(teacher.tokens), len(student.tokens))
+        for group in groups
+        for teacher in group.teachers
+        for student in group.students
+    ]
+    matched = torch.cat([group.gaps.flatten() for group in grouped])[torch.tensor(is_matched)]
+    return float(_wins(matched).mean()) if len(matched) else None
+
+
+def _length_score_correlation(grouped: Sequence[GroupScores], groups: Sequence[Group]) -> float | None:
+    """Pearson's correlation of length in tokens and score among the samples of a prompt, averaged.
+
+    A prompt whose samples are equally long, or score equally, is left out.
+    """
+    scores = torch.stack([group.students for group in grouped])
+    lengths = torch.tensor([[float(len(b.tokens)) for b in g.students] for g in groups], dtype=torch.float64)
+    centred = [values - values.mean(1, keepdim=True) for values in _with_order(scores, lengths)]
+    return _mean_cosine(*centred)
 
 
 def group_metrics(scores: Float[Tensor, "group sample"], groups: Sequence[Group]) -> Metrics:
@@ -68,15 +142,24 @@ def ranking_metrics(scores: Float[Tensor, "group sample"], groups: Sequence[Grou
     the demo, discriminators that put nearly every valid sample before the invalid ones correlate with it near
     0. A fall from well above 0 means something; the level itself does not.
     """
-    if scores.shape[1] < 2:
-        return {}
     overlap = [[rouge_l(b.text, [t.text for t in g.teachers]) for b in g.students] for g in groups]
-    pair = scores.double().cpu(), torch.tensor(overlap, dtype=torch.float64)
-    has_order = (pair[0].std(1) > _FLAT) & (pair[1].std(1) > _FLAT)
-    if not bool(has_order.any()):
-        return {}
-    first, second = (_mid_ranks(values[has_order]) for values in pair)
-    return {"detail/rouge_rank_correlation": float(torch.cosine_similarity(first, second, dim=1).mean())}
+    pair = _with_order(scores.double().cpu(), torch.tensor(overlap, dtype=torch.float64))
+    correlation = _mean_cosine(*(_mid_ranks(values) for values in pair))
+    return {} if correlation is None else {"detail/rouge_rank_correlation": correlation}
+
+
+def _with_order(
+    first: Float[Tensor, "group sample"], second: Float[Tensor, "group sample"]
+) -> tuple[Float[Tensor, "ordered sample"], Float[Tensor, "ordered sample"]]:
+    """Of two values of every sample, the groups in which neither is all equal but for rounding."""
+    if first.shape[1] < 2:
+        return first[:0], second[:0]
+    has_order = (first.std(1) > _FLAT) & (second.std(1) > _FLAT)
+    return first[has_order], second[has_order]
+
+
+def _mean_cosine(first: Float[Tensor, "group sample"], second: Float[Tensor, "group sample"]) -> float | None:
+    return float(torch.cosine_similarity(first, second, dim=1).mean()) if len(first) else None
 
 
 def _mid_ranks(values: Float[Tensor, "group sample"]) -> Float[Tensor, "group sample"]:

@@ -1,19 +1,22 @@
-"""Measured on held-out prompts while training: greedy answers, and the discriminator on a frozen probe."""
+"""Measured on held-out prompts while training: greedy answers, and what the discriminator says of samples."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gadfly.errors import RunFolderError
+from gadfly.errors import DataError, RunFolderError
 from gadfly.groups import Branch, Group
 from gadfly.processes import Processes
 from gadfly.run_folder import write_text
-from gadfly.stages.diagnostics import Metrics, discriminator_metrics
+from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.examples import Example
+from gadfly.stages.held_out import HeldOut
 from gadfly.stages.roles import DiscriminatorRole, StudentRole
 from gadfly.stages.rollout import sample_groups
+from gadfly.tell import Pair, tell_accuracy
 from gadfly.text_metrics import length_ratio, repetition, rouge_l
 
 # Greedy answers kept at each evaluation for the report.
@@ -26,15 +29,18 @@ class Evaluation:
     time.
 
     Attributes:
-        probe: held-out groups with student samples from the start of the stage; frozen, so that the
-            discriminator of one step can be compared with that of another.
+        examples: the prompts, with the teacher's responses.
+        student: who answers them.
+        max_response_tokens: cap of an answer.
+        discriminator: who tells its answers from the teacher's.
+        held_out: what the discriminator is asked.
     """
 
     examples: Sequence[Example]
     student: StudentRole
     max_response_tokens: int
     discriminator: DiscriminatorRole | None = None
-    probe: Sequence[Group] = ()
+    held_out: HeldOut | None = None
 
     def __call__(self) -> tuple[Metrics, list[dict[str, Any]]]:
         """Metrics, and a few answers as rows for `samples.jsonl`."""
@@ -50,20 +56,14 @@ class Evaluation:
         )
         answers = [group.students[0] for group in groups]
         references = [[branch.text for branch in group.teachers] for group in groups]
-        count = len(answers)
-        overlap = [rouge_l(answer.text, texts) for answer, texts in zip(answers, references, strict=True)]
-        metrics = {
-            "evaluation/rouge_l": sum(overlap) / count,
-            "evaluation/finished_fraction": sum(answer.finished for answer in answers) / count,
-            "evaluation/repetition": sum(repetition(answer.text) for answer in answers) / count,
-        }
-        first = [texts[0] for texts in references]
-        # A cap of a token or two may leave no text of the teacher to compare with.
-        if any(first):
-            metrics["evaluation/length_ratio"] = length_ratio([answer.text for answer in answers], first)
-        if self.discriminator is not None:
-            scores = self.discriminator.engine.forward(self.probe)
-            metrics |= discriminator_metrics(scores, self.probe, prefix="probe")
+        prompts = [example.row.prompt for example in self.examples]
+        # Without a discriminator every process does the same work at the same time.
+        processes = self.held_out.processes if self.held_out else Processes()
+        metrics = processes.once(
+            "figures of held-out answers", lambda: answer_metrics(prompts, references, answers)
+        )
+        if self.held_out is not None:
+            metrics |= self.held_out.metrics()
         return metrics, [
             {
                 "kind": "evaluation",
@@ -77,6 +77,37 @@ class Evaluation:
         ]
 
 
+def answer_metrics(
+    prompts: Sequence[str], references: Sequence[Sequence[str]], answers: Sequence[Branch]
+) -> Metrics:
+    """Figures of held-out answers that need no model.
+
+    Args:
+        prompts: as text.
+        references: the teacher's responses to each.
+        answers: the student's.
+    """
+    count = len(answers)
+    overlap = [rouge_l(answer.text, texts) for answer, texts in zip(answers, references, strict=True)]
+    metrics = {
+        "evaluation/rouge_l": sum(overlap) / count,
+        "evaluation/finished_fraction": sum(answer.finished for answer in answers) / count,
+        "evaluation/repetition": sum(repetition(answer.text) for answer in answers) / count,
+    }
+    first = [texts[0] for texts in references]
+    # A cap of a token or two may leave no text of the teacher to compare with.
+    if any(first):
+        metrics["evaluation/length_ratio"] = length_ratio([answer.text for answer in answers], first)
+    pairs = [
+        Pair(prompt, teacher, answer.text)
+        for prompt, teacher, answer in zip(prompts, first, answers, strict=True)
+    ]
+    # Fewer different prompts it refuses.
+    with contextlib.suppress(DataError):
+        metrics["evaluation/tell_accuracy"] = tell_accuracy(pairs).value
+    return metrics
+
+
 def frozen_probe(
     file: Path,
     examples: Sequence[Example],
@@ -88,8 +119,11 @@ def frozen_probe(
     seed: int,
     processes: Processes,
     is_resumed: bool,
-) -> list[Group]:
-    """The probe of a stage: sampled at its start, kept in `file`, and read from there at a resume."""
+    start: Path | None = None,
+) -> HeldOut:
+    """What a stage asks about held-out prompts; its probe is sampled at the start, kept in `file`, and read
+    from there at a resume. For the rest see `HeldOut`.
+    """
     is_there = processes.once("the probe", file.exists)
     if not is_there and not is_resumed:
         groups, _ = sample_groups(
@@ -105,7 +139,18 @@ def frozen_probe(
         rows = [json.dumps([asdict(branch) for branch in group.students]) for group in groups]
         processes.once("the probe", lambda: write_text(file, "".join(row + "\n" for row in rows)))
     groups = processes.once("the probe", lambda: _read_probe(file, examples))
-    return discriminator.view(groups, list(examples))
+    return HeldOut(
+        probe=discriminator.view(groups, list(examples)),
+        examples=examples,
+        student=student,
+        discriminator=discriminator,
+        temperature=temperature,
+        max_response_tokens=max_response_tokens,
+        seed=seed,
+        stage=file.parent,
+        start=start,
+        processes=processes,
+    )
 
 
 def _read_probe(file: Path, examples: Sequence[Example]) -> list[Group]:

@@ -39,7 +39,7 @@ def tokenise(run: Run, name: str, rows: Sequence[Row], renderer: Renderer) -> li
     kept: list[Example] = []
     bad: list[BadRow] = []
     for row in rows:
-        group = teacher_group(row, renderer, max_response)
+        group = teacher_group(row, renderer, max_response, run.recipe.data.teachers)
         length = len(group.prompt_tokens)
         if length > max_prompt:
             detail = f"{length} tokens, sampling.max_prompt_tokens = {max_prompt}"

@@ -23,24 +23,27 @@ from gadfly.checkpoint import (
 )
 from gadfly.engine import scheduled_learning_rate
 from gadfly.errors import CheckpointError
-from gadfly.losses import group_advantages
-from gadfly.objectives import discriminator_objective, grpo_objective
+from gadfly.objectives import grpo_objective
+from gadfly.replay import Replay
 from gadfly.stages.adversaries import open_adversaries, sample_rows
 from gadfly.stages.diagnostics import (
-    discriminator_metrics,
     group_metrics,
     policy_metrics,
     ranking_metrics,
     rollout_metrics,
     student_scores,
 )
+from gadfly.stages.remedies import reopened
+from gadfly.stages.rewards import Rewards
 from gadfly.stages.roles import open_reference
 from gadfly.stages.run import Run
 
 
+@reopened("gad")
 def gad(run: Run) -> None:
     """Train student and discriminator against each other, from warmup's end."""
     recipe, settings = run.recipe, run.recipe.gad
+    advantages_of = Rewards(run)
     start = run.processes.once("the start of gad", lambda: _start(run.alone()))
     left = run.folder.begin("gad", {**run.stage_settings("discriminator", "gad"), "start": start.digest})
     went_back = run.processes.once("gad.start_from", lambda: _go_back(run.alone()))
@@ -52,8 +55,9 @@ def gad(run: Run) -> None:
         settings,
         temperature=recipe.sampling.temperature,
         start=start,
+        replay=Replay(settings.replay, settings.replay_steps, recipe.seed),
     )
-    student, discriminator = players.student, players.discriminator
+    student = players.student
     reference = None
     if settings.kl_coefficient > 0:
         reference = open_reference(
@@ -65,6 +69,9 @@ def gad(run: Run) -> None:
         )
     total = players.batches.total_steps(settings.epochs, settings.max_steps)
     discriminator_rate = settings.discriminator_learning_rate or recipe.discriminator.learning_rate
+    lessons = players.lessons(
+        every=settings.discriminator_every, rests_above=settings.discriminator_rests_above
+    )
 
     with players.training_loop(total, settings) as loop:
         for step in loop:
@@ -72,9 +79,10 @@ def gad(run: Run) -> None:
             rollout = players.rollout(step, settings.group_size, batch)
             loop.mark("sample")
 
-            objective = discriminator_objective(rollout.told, recipe.discriminator.loss)
-            scores, discriminator_loss = discriminator.engine.forward_backward(rollout.told, objective)
-            rewards = student_scores(scores, rollout.told)
+            # One pass of D: its scores are the reward, the gradients of its Bradley-Terry loss its lesson.
+            lesson = lessons(step, rollout.told, rests=loop.discriminator_rests)
+            rewards = student_scores(lesson.scores, rollout.told)
+            advantages, shares = advantages_of(rewards, batch, rollout.groups)
             loop.mark("discriminator")
 
             student_groups = [group.only_students() for group in rollout.groups]
@@ -83,7 +91,7 @@ def gad(run: Run) -> None:
 
             student_objective = grpo_objective(
                 student_groups,
-                group_advantages(rewards).flatten(),
+                advantages.flatten(),
                 ref_logprobs,
                 clip_range=settings.clip_range,
                 kl_coefficient=settings.kl_coefficient,
@@ -91,9 +99,9 @@ def gad(run: Run) -> None:
             logprobs, student_loss = student.engine.forward_backward(student_groups, student_objective)
 
             # Both gradients are checked before either model moves.
-            discriminator_norm = discriminator.engine.clip_gradients()
+            lesson.check_gradients()
             student_norm = student.engine.clip_gradients()
-            discriminator.engine.step(discriminator_rate)
+            lesson.step(discriminator_rate)
             student_rate = scheduled_learning_rate(
                 settings.learning_rate, settings.learning_rate_schedule, step, total
             )
@@ -102,15 +110,12 @@ def gad(run: Run) -> None:
             loop.mark("student")
 
             loop.log(
-                discriminator_metrics(scores, rollout.told)
+                lesson.metrics
+                | shares
                 | {
-                    "discriminator/loss": discriminator_loss,
-                    "discriminator/grad_norm": discriminator_norm,
-                }
-                | {"student/loss": student_loss, "student/grad_norm": student_norm}
-                | {
+                    "student/loss": student_loss,
+                    "student/grad_norm": student_norm,
                     "detail/learning_rate": student_rate,
-                    "detail/discriminator_learning_rate": discriminator_rate,
                 }
                 | policy_metrics(logprobs, ref_logprobs, student_groups, rollout.samples)
                 | group_metrics(rewards, rollout.groups)
@@ -118,7 +123,7 @@ def gad(run: Run) -> None:
                 | rollout_metrics(rollout.groups)
             )
             if loop.is_evaluated(step):
-                loop.log_samples(sample_rows(rollout, batch, scores))
+                loop.log_samples(sample_rows(rollout, batch, lesson.scores))
 
 
 def _start(run: Run) -> Checkpoint:

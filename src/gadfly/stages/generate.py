@@ -51,7 +51,7 @@ def generate(run: Run) -> None:
     ]
     if twice := sorted({file for file in files if files.count(file) > 1}):
         raise ConfigError(f"data.test: two sets would be written to generations/{twice[0]}.jsonl; rename one")
-    for model in run.processes.once("checkpoints", lambda: _models(run.alone())):
+    for model in run.processes.once("checkpoints", lambda: named_models(run.alone())):
         student = None
         for name, data in sets.items():
             for temperature in run.recipe.generate.temperatures:
@@ -84,7 +84,13 @@ def generate_held_out(run: Run, names: Sequence[str], file: str) -> None:
         _sample_missing(run, file, model, student, examples, 0.0)
 
 
-def _models(run: Run) -> list[Model]:
+def named_models(run: Run) -> list[Model]:
+    """The models of `generate.checkpoints`, or by default the base and every training stage that is done.
+
+    Raises:
+        CheckpointError: if one is not there.
+        ConfigError: if one is named twice.
+    """
     names = run.recipe.generate.checkpoints or [
         "base",
         *(stage for stage in TRAINING_STAGES if run.folder.is_done(stage)),

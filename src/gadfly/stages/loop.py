@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gadfly.alarms import KINDS, Circumstances
 from gadfly.checkpoint import (
     Checkpoint,
     checkpoint_steps,
@@ -23,22 +24,15 @@ from gadfly.checkpoint import (
     remove_unfinished,
 )
 from gadfly.config import Training
+from gadfly.engine.movement import Movement
 from gadfly.errors import AlarmError
+from gadfly.stages.alarm_actions import Lookout, Stopped
 from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.run import Run
 from gadfly.stages.saving import CheckpointWriter, Engines, Snapshot
+from gadfly.stages.step_line import step_line
 
 logger = logging.getLogger(__name__)
-
-# What the console line of a step shows, if the step has it: (metric, text around the value).
-_SHOWN = (
-    ("discriminator/accuracy", "told apart {:.0%}"),
-    ("discriminator/score_gap", "gap {:.2f}"),
-    ("student/loss", "loss {:.3f}"),
-    ("student/kl_nats", "kl {:.3f}"),
-    ("rollout/response_tokens", "{:.0f} tok"),
-    ("rollout/finished_fraction", "finished {:.0%}"),
-)
 
 
 class TrainingLoop:
@@ -71,6 +65,8 @@ class TrainingLoop:
             in_background=run.recipe.checkpoints.in_background,
         )
         self._evaluate = evaluate
+        self._movements = {role: Movement(engine.model) for role, engine in engines.items()}
+        self._lookout = Lookout(run, stage, _circumstances(run, training, engines))
         facts = resumed_from.facts if resumed_from else {}
         self._best: list[float] | None = facts.get("best")
         self._seconds_before = float(facts.get("seconds", 0.0))
@@ -87,10 +83,16 @@ class TrainingLoop:
         """Wall time of the stage so far, that of earlier starts up to their last checkpoint included."""
         return self._seconds_before + time.perf_counter() - self._started
 
+    @property
+    def discriminator_rests(self) -> bool:
+        """Whether an alarm stands, as the step begins, that lets the discriminator take no step."""
+        return self._lookout.rests
+
     def __iter__(self) -> Iterator[int]:
-        """The steps that are left, counted from 1; evaluates and saves between them."""
+        """The steps that are left, counted from 1; evaluates and saves between them, and acts on alarms."""
         if self.step == 0 and self.last_saved is None:
             self._evaluate_now()
+        self._act_on_alarms()
         for step in range(self.step + 1, self.total_steps + 1):
             self.step = step
             self._run.processes.place = f"{self._stage} step {step}"
@@ -100,8 +102,9 @@ class TrainingLoop:
             score = None
             if is_last or step % self._training.evaluate_every == 0:
                 score = self._evaluate_now()
-            if is_last or step % self._training.save_every == 0:
+            if is_last or step % self._training.save_every == 0 or self._lookout.stops:
                 self._save(score)
+            self._act_on_alarms()
 
     def mark(self, phase: str) -> None:
         """Book the time since the last mark, or since the step began, under `time/PHASE_seconds`."""
@@ -110,7 +113,8 @@ class TrainingLoop:
         self._marked = now
 
     def log(self, metrics: Metrics) -> None:
-        """Write a step's metrics to `metrics.jsonl`, the trackers and the console."""
+        """Write a step's metrics to `metrics.jsonl`, the trackers and the console, and look for alarms."""
+        metrics = metrics | self._still_fractions(metrics)
         row = {
             "stage": self._stage,
             "step": self.step,
@@ -122,6 +126,7 @@ class TrainingLoop:
         self._track(metrics)
         logger.info(self._line(metrics), extra={"live": True, "last": self.step == self.total_steps})
         self._times = {}
+        self._lookout.see(row)
 
     def log_samples(self, rows: list[dict[str, Any]]) -> None:
         """Write samples to `samples.jsonl`."""
@@ -134,24 +139,48 @@ class TrainingLoop:
 
     def forget_later_rows(self) -> None:
         """Drop the rows of this stage that a killed start logged beyond the checkpoint it resumes from."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "alarms.jsonl"):
             self._run.folder.keep_rows(
                 name,
                 lambda row: (
                     row["stage"] != self._stage or (self.last_saved is not None and row["step"] <= self.step)
                 ),
             )
+        self._lookout.recall()
+
+    def answer(self, error: AlarmError) -> None:
+        """Do what the recipe wants about an alarm that came as an error amid the step."""
+        self._lookout.answer(error, self.step)
+
+    def _act_on_alarms(self) -> None:
+        self._lookout.act(before=self.finish)
+
+    def _still_fractions(self, metrics: Metrics) -> Metrics:
+        """Of each model that took a step, the share of its trained tensors that did not move."""
+        stepped = {role for role in self._movements if f"{role}/grad_norm" in metrics}
+        if metrics.get("detail/discriminator_skipped"):
+            stepped.discard("discriminator")
+        return {
+            f"detail/still_fraction/{role}": self._movements[role].since_last() for role in sorted(stepped)
+        }
 
     def _evaluate_now(self) -> float | None:
         if self._evaluate is None:
             return None
+        # It looks back on what is saved, which must not depend on how fast that is written.
+        self.finish()
         metrics, samples = self._evaluate()
         row = {"stage": self._stage, "step": self.step, **metrics, "time/unix": time.time()}
         self._run.folder.append_rows("metrics.jsonl", [row])
         self.log_samples(samples)
         self._track(metrics)
-        figures = "  ".join(f"{name.split('/')[1]} {value:.3f}" for name, value in metrics.items())
+        figures = "  ".join(
+            f"{name.split('/')[1]} {value:.3f}"
+            for name, value in metrics.items()
+            if not name.startswith("detail/")
+        )
         logger.info("%s %d/%d  held-out: %s", self._stage, self.step, self.total_steps, figures)
+        self._lookout.see(row)
         return metrics["evaluation/rouge_l"]
 
     def _save(self, score: float | None) -> None:
@@ -199,9 +228,7 @@ class TrainingLoop:
     def _line(self, metrics: Metrics) -> str:
         done = self.step - self._first_step
         left = (time.perf_counter() - self._started) / done * (self.total_steps - self.step)
-        shown = "  ".join(text.format(metrics[name]) for name, text in _SHOWN if name in metrics)
-        minutes, seconds = divmod(round(left), 60)
-        return f"{self._stage} {self.step}/{self.total_steps}  {shown}  {minutes}:{seconds:02d} left"
+        return step_line(self._stage, self.step, self.total_steps, metrics, left)
 
 
 @contextlib.contextmanager
@@ -229,9 +256,12 @@ def training_loop(
         resumed_from: where an earlier start got to.
 
     Raises:
-        AlarmError: if a step's loss or gradient is not finite, with the step and the last good
-            checkpoint.
+        AlarmError: a step's loss or gradient is not finite, or an alarm stands that the recipe wants to stop
+            at; with the step and the last good checkpoint.
+        GoBack: the stage is to be opened again, from before an alarm.
     """
+    begun = run.folder.read_json(f"{stage}/stage.json")
+    run.folder.write_json(f"{stage}/stage.json", {**begun, "total_steps": total_steps})
     loop = TrainingLoop(run, stage, total_steps, training, engines, snapshot, evaluate, resumed_from)
     # A kill may have come amid a save, or between a save and what follows it.
     loop.tidy()
@@ -241,10 +271,28 @@ def training_loop(
     try:
         yield loop
         loop.finish()
+    except Stopped:
+        raise
     except AlarmError as alarm:
+        loop.finish()
+        loop.answer(alarm)
         saved = "none yet" if loop.last_saved is None else f"step {loop.last_saved}"
+        # A sampler that is not the student's says itself what to do.
+        advice = f" {KINDS[alarm.alarm].advice.format(stage=stage)}" if alarm.alarm == "not-finite" else ""
         raise AlarmError(
-            f"{stage} step {loop.step}: {alarm}; nothing was updated. Last good checkpoint: {saved}. "
-            f"Lower the learning rate or max_grad_norm and run again from there."
+            f"{stage} step {loop.step}: {alarm}. Last good checkpoint: {saved}.{advice} The same command "
+            f"goes on from there.",
+            alarm.alarm,
         ) from alarm
     run.folder.finish(stage, steps=total_steps, seconds=round(loop.seconds, 3))
+
+
+def _circumstances(run: Run, training: Training, engines: Engines) -> Circumstances:
+    """What an alarm has to know of a stage."""
+    types = {run.recipe.student.dtype, *(engine.precision for engine in engines.values())}
+    return Circumstances(
+        window=run.recipe.alarms.window,
+        group_size=getattr(training, "group_size", 0),
+        held_out=min(run.recipe.evaluation.prompts, len(run.data.valid)),
+        is_half="bfloat16" in types,
+    )

@@ -11,8 +11,10 @@ logger = logging.getLogger(__name__)
 
 STAGES = {
     "collect": "gadfly.stages.collect:collect",
+    "audit": "gadfly.stages.audit:audit",
     "seqkd": "gadfly.stages.sft:seqkd",
     "warmup": "gadfly.stages.warmup:warmup",
+    "audit-warmup": "gadfly.stages.audit:audit_warmup",
     "gad": "gadfly.stages.gad:gad",
     "best": "gadfly.stages.best:best",
     "seqkd-equal-time": "gadfly.stages.sft:seqkd_equal_time",
@@ -23,7 +25,7 @@ STAGES = {
 """Module and function of every stage."""
 
 
-_BY_THE_FIRST = ("collect", "best", "judge", "report")
+_BY_THE_FIRST = ("collect", "audit", "audit-warmup", "best", "judge", "report")
 """Stages that one process does, however many there are."""
 
 

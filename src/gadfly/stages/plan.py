@@ -10,6 +10,7 @@ from gadfly.memory_plan import (
     USABLE_SHARE,
     MemoryPlan,
     Workload,
+    background_bytes,
     checkpoint_bytes,
     plan_memory,
     smallest_number_of_gpus,
@@ -79,6 +80,7 @@ def workload(recipe: Recipe, gpus: int, gpu_memory: float) -> Workload:
         parallel_responses=sampling.max_parallel_responses,
         has_reference=recipe.gad.kl_coefficient > 0,
         sampler="servers" if sampling.servers else sampler,
+        saves_in_background=recipe.checkpoints.in_background,
     )
 
 
@@ -121,8 +123,12 @@ def _table(work: Workload, planned: MemoryPlan) -> str:
         f"time of the arithmetic",
         f"saturates first: {cost.saturates_first} (estimated from data sheets of H100 GPUs, not measured)",
     ]
-    if others := sorted({s.kind for s in (work.student, work.discriminator) if not s.is_llama_like}):
-        lines.append(f"activations of {', '.join(others)} are estimated as for a Llama-like model")
+    if work.saves_in_background:
+        first, other = background_bytes(work)
+        others = f", {_bytes(other)} in each other" if work.gpus > 1 else ""
+        lines.append(f"host memory for background checkpoints: {_bytes(first)} in the first process{others}")
+    if kinds := sorted({s.kind for s in (work.student, work.discriminator) if not s.is_llama_like}):
+        lines.append(f"activations of {', '.join(kinds)} are estimated as for a Llama-like model")
     return "\n".join(lines)
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gadfly.chat_template import Renderer
-from gadfly.checkpoint import Checkpoint, load_tensors
+from gadfly.checkpoint import Checkpoint
 from gadfly.config import Optimizer, Recipe
 from gadfly.discriminator import (
     Discriminator,
+    Probe,
     Scores,
-    load_discriminator,
+    load_unchecked,
     new_discriminator,
     read_scores,
     save_discriminator,
@@ -34,6 +35,7 @@ from gadfly.samplers import Sampler
 from gadfly.stages.examples import Example
 from gadfly.stages.run import Run
 from gadfly.stages.sampler_choice import open_sampler
+from gadfly.tensor_files import load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +81,15 @@ class DiscriminatorRole:
         told = [group.only_teachers() for group in probe]
         scores = self.engine.forward(told)
         state = self.engine.whole_state(is_copy=is_copy)
-        scored_in = "bfloat16" if self.engine.precision == "bfloat16" else None
+        scored_in = _scored_in(self.engine)
         return lambda folder: save_discriminator(
             self.model, self.renderer, folder, told, state=state, scores=scores, scored_in=scored_in
         )
+
+
+def _scored_in(engine: Engine[Scores]) -> str | None:
+    """The type that scores are computed in, if not in that of the weights."""
+    return "bfloat16" if engine.precision == "bfloat16" else None
 
 
 def open_shared_base(recipe: Recipe) -> SharedBase | None:
@@ -151,12 +158,17 @@ def open_reference(
 def open_discriminator(
     run: Run, saved: Path | None, base: str | Path, shared: SharedBase | None, student: StudentRole
 ) -> DiscriminatorRole:
-    """The discriminator: a saved one, or `base` with a new head."""
+    """The discriminator: a saved one, or `base` with a new head.
+
+    Raises:
+        CheckpointError: if a saved one is not what was saved; the processes score its probe together.
+    """
     recipe, device = run.recipe, _device_of_shards(run)
+    probe: Probe | None = None
     if saved is None:
         model, renderer = new_discriminator(str(base), recipe.student.dtype, recipe.seed, shared, device)
     else:
-        model, renderer = load_discriminator(saved, recipe.student.dtype, shared, device)
+        model, renderer, probe = load_unchecked(saved, recipe.student.dtype, shared, device)
     frozen = None
     if shared:
         prefix = f"{student.model.base_model_prefix}."
@@ -172,6 +184,8 @@ def open_discriminator(
         shared=frozen,
         **_means(run),
     )
+    if probe is not None:
+        probe.check(model, renderer, engine.forward, scored_in=_scored_in(engine))
     return DiscriminatorRole(model, renderer, engine, recipe.discriminator.reads == "text")
 
 

@@ -8,7 +8,7 @@ import logging
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,10 @@ from gadfly.errors import ConfigError
 from gadfly.model_identity import model_identity
 from gadfly.processes import Processes
 from gadfly.records import Row
+from gadfly.reward_functions import RewardFunction, code_identity
 from gadfly.run_folder import RunFolder, stage_settings
 from gadfly.shared_run_folder import SharedRunFolder
+from gadfly.teachers import of_teachers
 from gadfly.trackers import Tracker, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Run:
     trackers: list[Tracker]
     processes: Processes = field(default_factory=Processes)
     bad_as_read: dict[str, Sequence[BadRow]] = field(default_factory=dict)
+    reward_functions: Mapping[str, RewardFunction] = field(default_factory=dict, kw_only=True)
 
     @cached_property
     def data(self) -> Split:
@@ -73,11 +76,12 @@ class Run:
                 "data.train: must be given: a file with prompts and teacher responses (or data.prompts and "
                 "teacher.model, and `gadfly collect` asks for them)"
             )
+        train = of_teachers("train", train, config.teachers)
         self.bad_as_read["train"] = train.bad
         if config.valid is None:
             kept, held_out = hold_out(train.rows, float(config.valid_share))
             return Split(kept, held_out, train.fingerprint[:16])
-        valid = load_rows(config.valid, needs_response=True)
+        valid = of_teachers("valid", load_rows(config.valid, needs_response=True), config.teachers)
         self.bad_as_read["valid"] = valid.bad
         trained_on = {normalised_prompt(row.messages) for row in train.rows}
         if shared := sum(normalised_prompt(row.messages) in trained_on for row in valid.rows):
@@ -112,18 +116,32 @@ class Run:
         settings["data"] = {
             "valid_share": self.recipe.data.valid_share,
             "over_long_responses": self.recipe.data.over_long_responses,
+            "teachers": self.recipe.data.teachers,
             "content": self.data.fingerprint,
         }
         settings["precision"] = self.recipe.engine.precision
         for role in ("student", "discriminator"):
             if role in settings:
                 settings[role]["model"] = model_identity(settings[role]["model"])
+        for reward in settings.get("gad", {}).get("rewards", {}).values():
+            reward["function"] = code_identity(reward["function"])
         return settings
 
 
 @contextlib.contextmanager
-def open_run(recipe: Recipe, processes: Processes | None = None) -> Iterator[Run]:
+def open_run(
+    recipe: Recipe,
+    processes: Processes | None = None,
+    *,
+    reward_functions: Mapping[str, RewardFunction] | None = None,
+) -> Iterator[Run]:
     """Lock the run folder, note recipe and environment in it, and open the trackers.
+
+    Args:
+        recipe: what to run.
+        processes: who does it; this one alone by default.
+        reward_functions: the functions of the recipe's `gad.rewards`, by name. None is loaded here: they are
+            code (see `reward_functions.py`).
 
     Raises:
         UserError: the processes do not run the same recipe by the same code.
@@ -139,6 +157,10 @@ def open_run(recipe: Recipe, processes: Processes | None = None) -> Iterator[Run
         processes.check_same("packages", versions, "install the same versions everywhere")
         for role, name in (("student", recipe.student.model), ("discriminator", recipe.discriminator.model)):
             processes.check_same(f"{role}.model", model_identity(name) or "none", "give all the same weights")
+        for reward in recipe.gad.rewards.values():
+            processes.check_same(
+                "code of gad.rewards", code_identity(reward.function), "give all the same file"
+            )
     with folder.lock():
         folder.write_json("config.json", recipe.model_dump(mode="json"))
         folder.write_json("environment.json", _environment())
@@ -150,7 +172,7 @@ def open_run(recipe: Recipe, processes: Processes | None = None) -> Iterator[Run
             config=recipe.model_dump(mode="json"),
         )
         try:
-            yield Run(recipe, folder, trackers, processes)
+            yield Run(recipe, folder, trackers, processes, reward_functions=reward_functions or {})
         finally:
             for tracker in trackers:
                 tracker.close()

@@ -95,6 +95,7 @@ def _own_sampler(
         max_parallel_responses=sampling.max_parallel_responses,
         # A model of its own may be left behind by the student.
         canary=canary if run.processes.size > 1 else None,
+        progress=run.processes.progress,
     )
 
 

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gadfly.checkpoint import Checkpoint, save_checkpoint, save_tensors
+from gadfly.checkpoint import Checkpoint, save_checkpoint
 from gadfly.discriminator import Scores
 from gadfly.engine import Engine
 from gadfly.logprobs import Logprobs
 from gadfly.processes import Processes
+from gadfly.tensor_files import save_tensors
 
 Engines = Mapping[str, Engine[Logprobs] | Engine[Scores]]
 Snapshot = Callable[[bool], Callable[[Path], None]]
@@ -45,7 +47,7 @@ class CheckpointWriter:
         self._under_way: Future[Checkpoint] | None = None
         if in_background:
             self._processes = processes.beside()
-            self._background = ThreadPoolExecutor(1, "checkpoint")
+            self._background = ThreadPoolExecutor(1, "checkpoint", initializer=_with_the_same_gpu())
 
     def save(self, step: int, facts: Mapping[str, Any], then: Callable[[], None]) -> None:
         """Save what there is now, and do `then` once it is on disk.
@@ -59,11 +61,13 @@ class CheckpointWriter:
         if self._background is not None:
             optimizers = {role: _copy(state) for role, state in optimizers.items()}
 
-        def write(folder: Path) -> None:
+        def write(folder: Path) -> list[Path]:
+            written: list[Path] = []
             for role, state in optimizers.items():
-                save_tensors(state, folder / "trainer" / role, group=self._processes.group)
+                written += save_tensors(state, folder / "trainer" / role, group=self._processes.group)
             if self._processes.rank == 0:
                 write_models(folder)
+            return written
 
         def work() -> Checkpoint:
             checkpoint = save_checkpoint(self._stage, step, write, facts, self._processes)
@@ -81,6 +85,11 @@ class CheckpointWriter:
             under_way, self._under_way = self._under_way, None
             self._main.note("the end of the checkpoint in the background")
             under_way.result()
+
+
+def _with_the_same_gpu() -> Callable[[], None] | None:
+    """What a new thread has to do so that it means the same GPU as this one where none is named."""
+    return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,12 +14,14 @@ from gadfly.objectives import sft_objective
 from gadfly.stages.evaluation import Evaluation
 from gadfly.stages.examples import Batches, training_examples
 from gadfly.stages.loop import training_loop
+from gadfly.stages.remedies import reopened
 from gadfly.stages.roles import open_shared_base, open_student, restore_optimizer
 from gadfly.stages.run import Run
 
 logger = logging.getLogger(__name__)
 
 
+@reopened("seqkd")
 def seqkd(run: Run) -> None:
     """The baseline: SFT on the teacher's responses, no KL term (paper: SeqKD)."""
     settings = run.stage_settings("seqkd")
@@ -29,6 +31,7 @@ def seqkd(run: Run) -> None:
     fine_tune(run, "seqkd", run.recipe.student.model, run.recipe.student, run.recipe.seqkd)
 
 
+@reopened("seqkd-equal-time")
 def seqkd_equal_time(run: Run) -> None:
     """The same for as many seconds as warmup and gad took together.
 
@@ -61,13 +64,14 @@ def seqkd_equal_time(run: Run) -> None:
     fine_tune(run, stage, run.recipe.student.model, run.recipe.student, training)
 
 
+@reopened("discriminator-lm")
 def discriminator_lm(run: Run) -> None:
     """Teach the discriminator's base model the teacher's language, before it learns to tell."""
     config = run.recipe.discriminator
     stage = "discriminator-lm"
     settings = run.stage_settings("discriminator")
     # What the discriminator does later is nothing to its first lessons.
-    for later in ("reads", "loss", "learning_rate"):
+    for later in ("reads", "loss", "learning_rate", "centring"):
         del settings["discriminator"][later]
     settings["learning_rate_schedule"] = run.recipe.warmup.learning_rate_schedule
     if not run.folder.begin(stage, settings):

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from gadfly.checkpoint import latest_checkpoint
 from gadfly.config import WarmupConfig
 from gadfly.engine import scheduled_learning_rate
-from gadfly.objectives import discriminator_objective, sft_objective
+from gadfly.objectives import sft_objective
 from gadfly.stages.adversaries import open_adversaries
 from gadfly.stages.diagnostics import (
     Metrics,
-    discriminator_metrics,
     group_metrics,
     ranking_metrics,
     rollout_metrics,
     student_scores,
 )
+from gadfly.stages.remedies import reopened
 from gadfly.stages.run import Run
 from gadfly.stages.sft import discriminator_lm
 
@@ -62,6 +62,7 @@ class Plan:
         return True, self.discriminator_every > 0 and own % self.discriminator_every == 0
 
 
+@reopened("warmup")
 def warmup(run: Run) -> None:
     """Train student and discriminator up to where the adversarial game can start."""
     recipe, settings = run.recipe, run.recipe.warmup
@@ -82,7 +83,7 @@ def warmup(run: Run) -> None:
         discriminator_base=base,
     )
     plan = _plan(settings, players.batches.total_steps(settings.epochs, settings.max_steps))
-    student, discriminator = players.student, players.discriminator
+    student, lessons = players.student, players.lessons()
     discriminator_rate = settings.discriminator_learning_rate or recipe.discriminator.learning_rate
 
     with players.training_loop(plan.total, settings) as loop:
@@ -90,18 +91,17 @@ def warmup(run: Run) -> None:
             student_moves, discriminator_moves = plan.moves(step)
             batch = players.batches(plan.batch(step))
             metrics: Metrics = {}
+            lesson = None
             if discriminator_moves:
                 rollout = players.rollout(step, settings.group_size, batch)
                 loop.mark("sample")
-                objective = discriminator_objective(rollout.told, recipe.discriminator.loss)
-                scores, loss = discriminator.engine.forward_backward(rollout.told, objective)
-                metrics |= discriminator_metrics(scores, rollout.told) | {"discriminator/loss": loss}
-                sample_scores = student_scores(scores, rollout.told)
+                lesson = lessons(step, rollout.told, rests=loop.discriminator_rests)
+                sample_scores = student_scores(lesson.scores, rollout.told)
                 metrics |= group_metrics(sample_scores, rollout.groups)
                 if loop.is_evaluated(step):
                     metrics |= ranking_metrics(sample_scores, rollout.groups)
                 metrics |= rollout_metrics(rollout.groups)
-                metrics["discriminator/grad_norm"] = discriminator.engine.clip_gradients()
+                lesson.check_gradients()
                 loop.mark("discriminator")
             if student_moves:
                 teachers = [example.group for example in batch]
@@ -118,9 +118,9 @@ def warmup(run: Run) -> None:
                 student.engine.step(student_rate)
                 student.sampler.update(student.engine.weights())
                 loop.mark("student")
-            if discriminator_moves:
-                metrics["detail/discriminator_learning_rate"] = discriminator_rate
-                discriminator.engine.step(discriminator_rate)
+            if lesson is not None:
+                lesson.step(discriminator_rate)
+                metrics |= lesson.metrics
             loop.log(metrics)
 
 

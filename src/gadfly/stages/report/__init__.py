@@ -7,7 +7,6 @@ from typing import Protocol, runtime_checkable
 
 from gadfly.config import Recipe
 from gadfly.run_folder import RunFolder, write_text
-from gadfly.stages.report.page import render_page
 from gadfly.stages.report.reading import read_evidence
 
 
@@ -27,5 +26,7 @@ def report(run: Reportable) -> None:
     Raises:
         RunFolderError: a file of the folder is not valid, or the page cannot be written.
     """
+    from gadfly.stages.report.page import render_page  # noqa: PLC0415  what draws takes a second to load
+
     page = render_page(read_evidence(run.folder, run.recipe))
     write_text(run.folder.path / "report.html", page)

@@ -43,6 +43,7 @@ _REFERENCES = {
     "discriminator/accuracy": 0.5,
     "discriminator/loss": math.log(2),
     "probe/accuracy": 0.5,
+    "evaluation/tell_accuracy": 0.5,
     "rollout/length_ratio": 1.0,
     "evaluation/length_ratio": 1.0,
 }

@@ -7,6 +7,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from gadfly.alarms import ALARMS
+from gadfly.stages.report.alarmed import raised
+from gadfly.stages.report.audited import audited
 from gadfly.stages.report.chosen import Choice, best_words, choices
 from gadfly.stages.report.collection import collection
 from gadfly.stages.report.curves import PanelGroup, stage_panels
@@ -64,8 +67,11 @@ def _content(evidence: Evidence) -> dict[str, Any]:
         "batch_prompts": evidence.batch_prompts,
         "choices": chosen,
         "collection": collection(evidence),
+        "audits": audited(evidence),
         "remarks": remarks(evidence),
         "num_checks": NUM_CHECKS,
+        "alarms": raised(evidence),
+        "num_alarms": len(ALARMS),
         "sections": _stage_sections(evidence),
         "before_and_after": before_and_after(evidence),
         "generations": [

@@ -7,7 +7,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 from gadfly.config import Recipe
@@ -23,26 +22,10 @@ Evaluation = dict[str, dict[str, dict[str, Figure]]]
 
 @dataclass
 class Curve:
-    """One metric over the steps of a stage, finite values only.
-
-    Example:
-        >>> Curve([1.0, 2.0, 3.0, 4.0], [0.5, 0.6, 0.7, 0.9]).last_quarter()
-        0.9
-    """
+    """One metric over the steps of a stage, finite values only."""
 
     steps: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
-    num_not_finite: int = 0
-    """Values left out since they are no finite number."""
-
-    def second_quarter(self) -> float:
-        """Mean over the second quarter of the points."""
-        start, size = len(self.values) // 4, max(1, len(self.values) // 4)
-        return fmean(self.values[start : start + size])
-
-    def last_quarter(self) -> float:
-        """Mean over the last quarter of the points."""
-        return fmean(self.values[-max(1, len(self.values) // 4) :])
 
 
 @dataclass(frozen=True)
@@ -75,6 +58,11 @@ class Evidence:
     best: Record = field(default_factory=dict)
     collect: Record = field(default_factory=dict)
     """What the teacher was asked; empty if its answers came from elsewhere."""
+    audit: Record = field(default_factory=dict)
+    """What the audit found, before training and after warmup."""
+    alarms: list[Record] = field(default_factory=list)
+    remedies: list[Record] = field(default_factory=list)
+    """What stages went back for."""
 
     def curve(self, stage: str, metric: str) -> Curve | None:
         """A curve with at least one point; None if there is none."""
@@ -112,15 +100,19 @@ def read_evidence(folder: RunFolder, recipe: Recipe) -> Evidence:
     """
     summary = folder.read_json("summary.json")
     curves = _curves(folder.rows("metrics.jsonl"))
+    stages = _stages(folder, summary.get("stages", {}), curves)
     generations = sorted((folder.path / "generations").glob("*.jsonl"))
     return Evidence(
         recipe=recipe,
         environment=folder.read_json("environment.json"),
-        stages=_stages(folder, summary.get("stages", {}), curves),
+        stages=stages,
         data=summary.get("data", {}),
         evaluation=_evaluation(summary.get("evaluation", {})),
         curves=curves,
         samples=folder.rows("samples.jsonl"),
+        audit=folder.read_json("audit.json"),
+        alarms=folder.rows("alarms.jsonl"),
+        remedies=[row for name in TRAINING_STAGES for row in folder.rows(f"{name}/remedies.jsonl")],
         generations={path.stem: folder.rows(f"generations/{path.name}") for path in generations},
         **{part: summary.get(part, {}) for part in ("pairwise", "judge", "best", "collect")},
     )
@@ -133,12 +125,9 @@ def _curves(rows: Iterable[Record]) -> dict[str, dict[str, Curve]]:
         for name, value in without_time(row).items():
             if name in ("stage", "step"):
                 continue
-            curve = stage[name]
             if isinstance(value, int | float) and math.isfinite(value):
-                curve.steps.append(float(row["step"]))
-                curve.values.append(float(value))
-            else:
-                curve.num_not_finite += 1
+                stage[name].steps.append(float(row["step"]))
+                stage[name].values.append(float(value))
     return {stage: dict(metrics) for stage, metrics in curves.items()}
 
 

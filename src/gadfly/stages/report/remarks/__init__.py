@@ -1,4 +1,4 @@
-"""Remarks in words: what was seen, the numbers, the likely cause, and what to change.
+"""Remarks on how far a result can be trusted: what was seen, the numbers, the likely cause, what to change.
 
 Every threshold is a starting point from cases others have met, not a measured optimum. There is no
 overall health score: a run can look fine in every figure and still be none the better for it.
@@ -7,7 +7,6 @@ overall health score: a run can look fine in every figure and still be none the 
 from collections.abc import Callable, Iterator
 
 from gadfly.stages.report.reading import Evidence
-from gadfly.stages.report.remarks.bounds import BOUNDS, out_of_bounds
 from gadfly.stages.report.remarks.judging import (
     by_place,
     favoured,
@@ -16,15 +15,7 @@ from gadfly.stages.report.remarks.judging import (
     unreadable,
 )
 from gadfly.stages.report.remarks.remark import Remark
-from gadfly.stages.report.remarks.training import (
-    cut_off,
-    drift,
-    few_held_out,
-    few_steps,
-    memorising,
-    not_finite,
-    repetition,
-)
+from gadfly.stages.report.remarks.training import few_held_out, few_steps
 from gadfly.stages.report.remarks.trust import bad_rows, no_equal_time_baseline, other_settings
 
 CHECKS: tuple[Callable[[Evidence], Iterator[Remark]], ...] = (
@@ -36,16 +27,10 @@ CHECKS: tuple[Callable[[Evidence], Iterator[Remark]], ...] = (
     longer_and_judged,
     few_steps,
     few_held_out,
-    out_of_bounds,
-    cut_off,
-    memorising,
-    drift,
-    repetition,
-    not_finite,
     other_settings,
     bad_rows,
 )
-NUM_CHECKS = len(CHECKS) - 1 + len(BOUNDS)
+NUM_CHECKS = len(CHECKS)
 
 
 def remarks(evidence: Evidence) -> list[Remark]:

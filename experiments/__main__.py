@@ -1,0 +1,58 @@
+"""Runs an experiment, and writes its results; without a name, lists them."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from experiments.experiment import FOLDER, load_experiment, names
+from gadfly.console import show_logs
+from gadfly.errors import GadflyError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is missing of the seeds asked for, then write results, figure and pages."""
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    parser.add_argument("name", nargs="?", help="which; without it, all are listed")
+    parser.add_argument("--seeds", type=int, help="how many (default: as the experiment has it)")
+    parser.add_argument("--first", type=int, default=1, help="the first of them; 0 is for tuning")
+    parser.add_argument("--folder", type=Path, default=FOLDER.parent / "runs" / "experiments")
+    parser.add_argument("--quick", action="store_true", help="try that everything runs, at tiny sizes")
+    parser.add_argument("--pages", action="store_true", help="write results and pages of what is there")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="more settings for every run")
+    options = parser.parse_args(arguments)
+    if options.name is None:
+        for name in names():
+            sys.stdout.write(f"{name:<20} {load_experiment(name).title}\n")
+        return 0
+    try:
+        _run(options)
+    except GadflyError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    experiment = load_experiment(options.name)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    show_logs()
+    # After the libraries' progress bars are quieted, which they settle when they are imported.
+    from experiments.pages import write_pages  # noqa: PLC0415
+    from experiments.results import collect_results  # noqa: PLC0415
+    from experiments.runner import run_seed  # noqa: PLC0415
+
+    folder = options.folder / (f"{options.name}-quick" if options.quick else options.name)
+    settings = [*(experiment.quick if options.quick else []), *options.settings]
+    ground = {**experiment.ground_settings, **(experiment.quick_ground if options.quick else {})}
+    count = options.seeds or (1 if options.quick else experiment.seeds)
+    if not options.pages:
+        for seed in range(options.first, options.first + count):
+            run_seed(options.name, experiment, folder, seed, settings, ground)
+    results = collect_results(options.name, experiment, folder, settings)
+    # A quick run shows nothing, so nothing is kept of it but what it printed.
+    sys.stdout.write(write_pages(options.name, experiment, results, is_kept=not options.quick))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

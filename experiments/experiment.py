@@ -1,0 +1,93 @@
+"""What an experiment's `experiment.toml` may say."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gadfly.errors import ConfigError
+
+FOLDER = Path(__file__).resolve().parent
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Arm(_Table):
+    """One more way to train a student, held against the main run's on the same data and seed."""
+
+    title: str
+    kind: Literal["gad", "dpo", "imitate-lm"] = "gad"
+    """`gad`: the product with other settings. `dpo`: trl's DPO on a static snapshot. `imitate-lm`: SFT on
+    samples of the discriminator's language model."""
+    settings: list[str] = []
+    """`key=value` for the recipe of the main run."""
+    again: Literal["gad", "warmup"] = "gad"
+    """The first stage that is done anew: `gad` starts from the main run's warmup."""
+    why: str = ""
+    """What is asked by it, for the table."""
+
+
+class Claim(_Table):
+    """A claim that a paired difference decides."""
+
+    says: str
+    better: str
+    """The arm that should be ahead."""
+    worse: str
+    figure: str | None = None
+    """Default: the experiment's own."""
+    lower_is_better: bool = False
+
+
+class Experiment(_Table):
+    """An experiment; its folder bears its name."""
+
+    title: str
+    question: str
+    ground: Literal["mixture", "records", "stories", "answers"]
+    """Who makes data and models, and what is measured."""
+    ground_settings: dict[str, int | float | str | list[float]] = {}
+    figure: str
+    """What decides, as `SET/FIGURE` of `summary.json`."""
+    figures: Annotated[dict[str, str], Field(min_length=1)]
+    """Columns of the table: `SET/FIGURE` and what it is called."""
+    models: Annotated[dict[str, str], Field(min_length=1)]
+    """Models of the main run, as `generate` names them, and what they are called."""
+    arms: dict[str, Arm] = {}
+    claims: list[Claim] = []
+    tells: bool = False
+    """Whether an independent classifier is asked to tell every model's answers from the teacher's."""
+    quick: list[str] = []
+    """Settings under which everything runs in seconds, and shows nothing."""
+    quick_ground: dict[str, int | float] = {}
+    """The same for the ground, in the place of its settings of these names."""
+    seeds: Annotated[int, Field(ge=1)] = 5
+    """How many the results are meant to have."""
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What every model and arm is called, in the order of the table."""
+        return {**self.models, **{name: arm.title for name, arm in self.arms.items()}}
+
+
+def names() -> list[str]:
+    """All experiments."""
+    return sorted(file.parent.name for file in FOLDER.glob("*/experiment.toml"))
+
+
+def load_experiment(name: str) -> Experiment:
+    """Read an experiment.
+
+    Raises:
+        ConfigError: there is none of that name, or its file is wrong.
+    """
+    file = FOLDER / name / "experiment.toml"
+    if not file.is_file():
+        raise ConfigError(f"experiments: no experiment {name!r}; there are {', '.join(names())}")
+    try:
+        return Experiment.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, ValidationError) as mistake:
+        raise ConfigError(f"{file}: {mistake}") from mistake

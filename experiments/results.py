@@ -1,0 +1,144 @@
+"""Figures of all seeds put together: means with intervals, paired differences, and what they decide."""
+
+import datetime
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.experiment import Claim, Experiment
+from gadfly.run_folder import RunFolder
+from gadfly.statistics import Figure, mean, mean_difference
+
+Values = Mapping[int, float]
+"""A figure of one model, by seed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a paired difference says of a claim."""
+
+    claim: Claim
+    difference: Figure | None
+    """Better minus worse, over the seeds that both have; None without one."""
+
+    @property
+    def word(self) -> str:
+        """`holds` or `does not hold` where the interval is on one side of zero, else `unclear`."""
+        if self.difference is None:
+            return "not run"
+        low, high = self.difference.low, self.difference.high
+        if self.claim.lower_is_better:
+            low, high = -high, -low
+        # One seed, or no spread at all, shows nothing of what another seed would give.
+        if self.difference.n < 2:
+            return "unclear"
+        return "holds" if low > 0 else "does not hold" if high < 0 else "unclear"
+
+
+@dataclass(frozen=True)
+class Results:
+    """Every figure of an experiment."""
+
+    seeds: tuple[int, ...]
+    figures: Mapping[str, Mapping[str, Values]]
+    """By model, then by `SET/FIGURE`."""
+    seconds: Mapping[str, Values]
+    """What the training of a model took, by model."""
+    facts: Mapping[str, Any]
+    """Command, date, machine, versions."""
+
+    def figure(self, model: str, name: str) -> Figure | None:
+        """Mean over seeds with Student's t interval; None where no seed has it."""
+        values = self.figures.get(model, {}).get(name, {})
+        return mean(list(values.values())) if values else None
+
+    def verdict(self, claim: Claim, figure: str) -> Verdict:
+        """What the seeds say of a claim."""
+        better, worse = (
+            self.figures.get(model, {}).get(claim.figure or figure, {})
+            for model in (claim.better, claim.worse)
+        )
+        seeds = sorted(better.keys() & worse.keys())
+        if not seeds:
+            return Verdict(claim, None)
+        return Verdict(claim, mean_difference([better[s] for s in seeds], [worse[s] for s in seeds]))
+
+    def as_record(self) -> dict[str, Any]:
+        """The content of `results.json`."""
+        return {
+            **self.facts,
+            "seeds": list(self.seeds),
+            "figures": {
+                model: {name: _by_text(values) for name, values in figures.items()}
+                for model, figures in self.figures.items()
+            },
+            "seconds": {model: _by_text(values) for model, values in self.seconds.items()},
+        }
+
+
+def collect_results(name: str, experiment: Experiment, folder: Path, settings: Sequence[str]) -> Results:
+    """Read what the seeds in a folder have measured."""
+    figures: dict[str, dict[str, dict[int, float]]] = {}
+    seconds: dict[str, dict[int, float]] = {}
+    places = sorted(folder.glob("seed-*"), key=lambda place: int(place.name.partition("-")[2]))
+    seeds = []
+    for place in places:
+        seed = int(place.name.partition("-")[2])
+        main = RunFolder(place).read_json("summary.json")
+        if not RunFolder(place).read_json("measured.json"):
+            continue
+        seeds.append(seed)
+        took = {stage: float(facts["seconds"]) for stage, facts in main.get("stages", {}).items()}
+        for model in experiment.models:
+            _add(figures, model, seed, main["evaluation"].get(model, {}))
+            parts = {"gad": ("discriminator-lm", "warmup", "gad"), "warmup": ("warmup",)}.get(model, (model,))
+            if any(part in took for part in parts):
+                seconds.setdefault(model, {})[seed] = sum(took.get(part, 0.0) for part in parts)
+        for arm in experiment.arms:
+            run = RunFolder(place / "arms" / arm)
+            if run.read_json("measured.json"):
+                summary = run.read_json("summary.json")
+                # An arm's run generates its own student alone; the teacher's figures may stand beside it.
+                (own,) = (model for model in summary["evaluation"] if model != "teacher")
+                _add(figures, arm, seed, summary["evaluation"][own])
+                stages = summary.get("stages", {}).values()
+                seconds.setdefault(arm, {})[seed] = sum(float(facts["seconds"]) for facts in stages)
+    return Results(tuple(seeds), figures, seconds, _facts(name, settings, folder))
+
+
+def _add(
+    figures: dict[str, dict[str, dict[int, float]]], model: str, seed: int, evaluation: Mapping[str, Any]
+) -> None:
+    for test_set, measured in evaluation.items():
+        for figure, record in measured.items():
+            place = figures.setdefault(model, {}).setdefault(f"{test_set}/{figure}", {})
+            place[seed] = float(record["value"])
+
+
+def _facts(name: str, settings: Sequence[str], folder: Path) -> dict[str, Any]:
+    environments = [RunFolder(place).read_json("environment.json") for place in sorted(folder.glob("seed-*"))]
+    packages = environments[0].get("packages", {}) if environments else {}
+    return {
+        "experiment": name,
+        "command": " ".join(["python -m experiments", name, *settings]),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
+        "packages": packages,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    wide = "with" if "avx512f" in flags.split() else "without"
+    return f"{len(names)} cores of {names[0]}, {wide} AVX-512" if names else platform.processor()
+
+
+def _by_text(values: Values) -> dict[str, float]:
+    return {str(seed): value for seed, value in sorted(values.items())}

@@ -1,0 +1,96 @@
+"""Runs the arms of an experiment, seed by seed. What is done already is not done again.
+
+SEED/recipe.toml, data/, models/     what the ground made
+SEED/                                the main run: seqkd, warmup, gad, seqkd-equal-time, generate
+SEED/arms/ARM/                       each arm's own run folder
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.arms import train_dpo, train_on_samples
+from experiments.experiment import FOLDER, Arm, Experiment
+from experiments.grounds import Ground, open_ground
+from gadfly.recipe_file import load_recipe
+from gadfly.run_folder import RunFolder
+from gadfly.stages.pipeline import stage
+from gadfly.stages.run import Run, open_run
+
+logger = logging.getLogger(__name__)
+
+_MAIN = ("seqkd", "warmup", "gad", "seqkd-equal-time", "generate")
+
+
+def run_seed(
+    name: str,
+    experiment: Experiment,
+    folder: Path,
+    seed: int,
+    settings: Sequence[str],
+    ground_settings: Mapping[str, Any],
+) -> None:
+    """Run everything of one seed that is missing.
+
+    Args:
+        name: the experiment's.
+        experiment: what it consists of.
+        folder: where to; the seed has a folder in it.
+        seed: of data, models and samples.
+        settings: more `key=value` for every run.
+        ground_settings: what the ground makes of data and models.
+    """
+    place = folder.resolve() / f"seed-{seed}"
+    ground = open_ground(experiment.ground)
+    if not (place / "recipe.toml").exists():
+        ground.prepare(place, seed, ground_settings)
+        # Last: with it, everything is there.
+        shutil.copyfile(FOLDER / name / "recipe.toml", place / "recipe.toml")
+    own = [f"seed={seed}", f'run_folder="{place}"', *settings]
+    with open_run(load_recipe(place / "recipe.toml", own)) as run:
+        if not run.folder.read_json("measured.json"):
+            for stage_name in _MAIN:
+                stage(stage_name)(run)
+            if experiment.tells:
+                stage("judge")(run)
+            _measure(ground, run, ground_settings)
+    for arm_name, arm in experiment.arms.items():
+        where = place / "arms" / arm_name
+        recipe = load_recipe(
+            place / "recipe.toml", [*own, f'run_folder="{where}"', *arm.settings, *_start(place, arm)]
+        )
+        with open_run(recipe) as run:
+            if not RunFolder(where).read_json("measured.json"):
+                logger.info("%s, seed %d: %s", name, seed, arm_name)
+                _run_arm(arm, place, run, tells=experiment.tells)
+                _measure(ground, run, ground_settings)
+
+
+def _start(place: Path, arm: Arm) -> list[str]:
+    """Settings by which an arm takes over from the main run, and generates its own student alone."""
+    if arm.kind != "gad":
+        return ['generate.checkpoints=["student"]']
+    start = [f'gad.start_from="{place / "warmup" / "latest"}"'] if arm.again == "gad" else []
+    return ['generate.checkpoints=["gad"]', *start]
+
+
+def _run_arm(arm: Arm, place: Path, run: Run, *, tells: bool) -> None:
+    if arm.kind == "gad":
+        for name in ("warmup", "gad") if arm.again == "warmup" else ("gad",):
+            stage(name)(run)
+    else:
+        train = train_dpo if arm.kind == "dpo" else train_on_samples
+        began = time.perf_counter()
+        train(run, place)
+        run.folder.update_summary("stages", {"student": {"seconds": round(time.perf_counter() - began, 3)}})
+    stage("generate")(run)
+    if tells:
+        stage("judge")(run)
+
+
+def _measure(ground: Ground, run: Run, settings: Mapping[str, Any]) -> None:
+    ground.measure(run, settings)
+    run.folder.write_json("measured.json", {"done": True})

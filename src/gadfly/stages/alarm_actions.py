@@ -1,0 +1,175 @@
+"""Looks at every row a stage logs, says which alarms it raises, and decides what is done about them."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gadfly.alarms import KINDS, Alarm, Circumstances, History, look
+from gadfly.config import Action
+from gadfly.errors import AlarmError
+from gadfly.run_folder import RunFolder
+from gadfly.stages.remedies import GoBack, note_remedy, remedy_for
+from gadfly.stages.run import Run
+
+logger = logging.getLogger(__name__)
+
+# Windows after which an alarm that still stands is raised once more.
+_REMINDER = 10
+
+
+class Stopped(AlarmError):
+    """An alarm that the recipe wants to stop at; a checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What has to be done before the next step."""
+
+    alarm: Alarm
+    action: Action
+    changes: Mapping[str, float]
+
+
+class Lookout:
+    """The alarms of one stage while it runs.
+
+    Args:
+        run: the open run.
+        stage: its name.
+        circumstances: what has to be known to read its metrics.
+
+    Attributes:
+        rests: whether an alarm stands that lets the discriminator rest.
+    """
+
+    def __init__(self, run: Run, stage: str, circumstances: Circumstances):
+        self.rests = False
+        self._run, self._stage = run, stage
+        self._config = run.recipe.alarms
+        self._history = History(stage, circumstances)
+        self._raised: dict[str, int] = {}
+        self._wanted: _Wanted | None = None
+        actions = {self._config.action, *self._config.actions.values()}
+        self._may_rest = "skip_discriminator" in actions
+
+    def recall(self) -> None:
+        """Take up what an earlier start has logged and is kept; a stop that stands then still does."""
+
+        def read() -> list[Alarm]:
+            # A row is looked at by whom writes it.
+            folder = self._run.alone().folder
+            for row in folder.rows("metrics.jsonl"):
+                if row["stage"] == self._stage:
+                    self._history.add(row)
+            return look(self._history, only_new=False)
+
+        standing = self._run.processes.once("alarms", read)
+        for row in self._run.folder.rows("alarms.jsonl"):
+            if row["stage"] == self._stage:
+                self._raised[row["name"]] = row["step"]
+        self._note_rest(standing)
+        for alarm in standing:
+            if self._decided(alarm).action == "stop":
+                self._wanted = self._decided(alarm)
+
+    def see(self, row: Mapping[str, Any]) -> None:
+        """Look at a row that has just been logged."""
+        found, standing = self._run.processes.once("alarms", lambda: self._look(row))
+        self._note_rest(standing)
+        for alarm in found:
+            last = self._raised.get(alarm.name)
+            if last is not None and alarm.step - last < _REMINDER * self._config.window:
+                continue
+            wanted = self._decided(alarm)
+            self._raised[alarm.name] = alarm.step
+            self._run.folder.append_rows("alarms.jsonl", [_row(self._stage, alarm, wanted.action)])
+            logger.warning("%s", _told(self._stage, alarm, wanted.action))
+            # Of two alarms at once, the first of the catalogue is acted upon.
+            if wanted.action in ("stop", "roll_back") and self._wanted is None:
+                self._wanted = wanted
+
+    @property
+    def stops(self) -> bool:
+        """Whether a checkpoint is to be kept now, since the stage stops."""
+        return self._wanted is not None and self._wanted.action == "stop"
+
+    def act(self, before: Callable[[], None]) -> None:
+        """Leave the stage if an alarm asks for that, after `before`.
+
+        Raises:
+            Stopped: the recipe wants it to stop.
+            GoBack: it is to go back; that is noted.
+        """
+        if self._wanted is None:
+            return
+        before()
+        alarm = self._wanted.alarm
+        if self._wanted.action == "roll_back":
+            self._go_back(alarm, self._wanted.changes)
+        raise Stopped(
+            f"{_told(self._stage, alarm, 'stop')} The checkpoint of step {alarm.step} is kept; with "
+            f'alarms.actions.{alarm.name}="warn" the same command goes on from there.',
+            alarm.name,
+        )
+
+    def answer(self, error: AlarmError, step: int) -> None:
+        """Note an alarm that came as an error, amid a step.
+
+        Raises:
+            GoBack: the recipe wants it, and there is a remedy.
+        """
+        kind = KINDS[error.alarm]
+        evidence, advice = str(error), kind.advice.format(stage=self._stage)
+        remedy = {key.format(stage=self._stage): change for key, change in kind.remedy.items()}
+        alarm = Alarm(kind.name, kind.title, step, step, evidence, kind.cause, advice, remedy)
+        wanted = self._decided(alarm)
+        action: Action = "roll_back" if wanted.action == "roll_back" else "stop"
+        # It may be this process's alone: nobody may be waited for.
+        if self._run.processes.rank == 0:
+            own = RunFolder(self._run.folder.path)
+            own.append_rows("alarms.jsonl", [_row(self._stage, alarm, action)])
+        if action == "roll_back":
+            logger.warning("%s", _told(self._stage, alarm, action))
+            self._go_back(alarm, wanted.changes)
+
+    def _look(self, row: Mapping[str, Any]) -> tuple[list[Alarm], list[Alarm]]:
+        self._history.add(row)
+        standing = look(self._history, only_new=False) if self._may_rest else []
+        return look(self._history), standing
+
+    def _note_rest(self, standing: list[Alarm]) -> None:
+        actions = [self._config.action_on(alarm.name) for alarm in standing]
+        self.rests = "skip_discriminator" in actions
+
+    def _decided(self, alarm: Alarm) -> _Wanted:
+        action = self._config.action_on(alarm.name)
+        changes = remedy_for(self._run, self._stage, alarm) if action == "roll_back" else {}
+        # Without a change the same would happen again.
+        return _Wanted(alarm, "stop" if action == "roll_back" and not changes else action, changes)
+
+    def _go_back(self, alarm: Alarm, changes: Mapping[str, float]) -> None:
+        step = note_remedy(self._run, self._stage, alarm, changes)
+        logger.warning("%s: going back to step %d", self._stage, step)
+        raise GoBack
+
+
+def _row(stage: str, alarm: Alarm, action: Action) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "step": alarm.step,
+        "since": alarm.since,
+        "name": alarm.name,
+        "evidence": alarm.evidence,
+        "cause": alarm.cause,
+        "advice": alarm.advice,
+        "action": action,
+    }
+
+
+def _told(stage: str, alarm: Alarm, action: Action) -> str:
+    """An alarm in a line."""
+    return (
+        f"{stage} step {alarm.step}: alarm {alarm.name} ({action}): {alarm.title}: {alarm.evidence}. "
+        f"Likely cause: {alarm.cause} What to do: {alarm.advice}"
+    )

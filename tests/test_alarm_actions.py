@@ -1,0 +1,254 @@
+"""What alarms do to a run: warn, let the discriminator rest, stop, go back and on with a remedy."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drifting import STEPS, breaking, drifting
+
+from gadfly.checkpoint import checkpoint_steps
+from gadfly.errors import AlarmError
+from gadfly.metrics import without_time
+from gadfly.recipe_file import load_recipe
+from gadfly.run_folder import RunFolder
+from gadfly.stages.gad import gad
+from gadfly.stages.run import open_run
+from gadfly.stages.warmup import warmup
+
+TESTS = Path(__file__).resolve().parent
+SETTINGS = ("gad.save_every=5", "checkpoints.keep_last=20")
+# The tiny student never learns to end, so this alarm is due in its gad stage.
+SOON = ("alarms.window=8",)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS.parent / "src"), str(TESTS)))}
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What must not depend on how often a run was stopped."""
+    run = RunFolder(folder)
+    return {
+        "metrics": [without_time(row) for row in run.rows("metrics.jsonl")],
+        "alarms": run.rows("alarms.jsonl"),
+        "remedies": run.rows("gad/remedies.jsonl"),
+        "kept": checkpoint_steps(folder / "gad"),
+        "stage": {**run.read_json("gad/stage.json"), "seconds": None},
+        "weights": [path.read_bytes() for path in sorted((folder / "gad").glob("step-*/student/kl.txt"))],
+    }
+
+
+def drift(recipe: Path, folder: Path, *overrides: str) -> dict[str, Any]:
+    with open_run(load_recipe(recipe, [f"run_folder={folder}", *SETTINGS, *overrides])) as run:
+        drifting(run)
+    return outcome(folder)
+
+
+def test_a_warning_is_written_and_the_run_goes_on(
+    recipe_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = drift(recipe_file, tmp_path / "run")
+    (alarm, *more) = [row for row in found["alarms"] if row["name"] == "drift"]
+    assert more == []
+    assert (alarm["stage"], alarm["action"]) == ("gad", "warn")
+    assert 30 < alarm["step"] < 45
+    assert "1." in alarm["evidence"]
+    assert alarm["cause"]
+    assert "gad.kl_coefficient" in alarm["advice"]
+    assert found["stage"]["done"]
+    assert f"gad step {alarm['step']}: alarm drift (warn): The student drifts away: KL" in caplog.text
+
+
+def test_the_discriminator_rests_while_the_alarm_stands(recipe_file: Path, tmp_path: Path) -> None:
+    found = drift(recipe_file, tmp_path / "run", "alarms.action=skip_discriminator")
+    (alarm,) = [row for row in found["alarms"] if row["name"] == "too-strong"]
+    rests = [row["step"] for row in found["metrics"] if row["detail/discriminator_skipped"]]
+    assert alarm["action"] == "skip_discriminator"
+    assert rests == list(range(alarm["step"] + 1, rests[-1] + 1))
+    assert 45 <= rests[-1] < STEPS
+    # Resting does nothing about a student that drifts.
+    assert [row["action"] for row in found["alarms"] if row["name"] == "drift"] == ["warn"]
+
+
+def test_a_stop_keeps_a_checkpoint_and_stays_one_until_the_recipe_says_otherwise(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(AlarmError, match=r"^gad step \d+: alarm drift \(stop\): .*alarms.actions.drift"):
+        drift(recipe_file, folder, "alarms.actions.drift=stop")
+    stopped = outcome(folder)
+    step = stopped["alarms"][-1]["step"]
+    assert stopped["kept"][-1] == step == stopped["metrics"][-1]["step"]
+    assert not stopped["stage"]["done"]
+    with pytest.raises(AlarmError, match=rf"^gad step {step}: alarm drift"):
+        drift(recipe_file, folder, "alarms.actions.drift=stop")
+    assert outcome(folder) == stopped
+    went_on = drift(recipe_file, folder)
+    assert went_on["stage"]["done"]
+    assert went_on["metrics"] == drift(recipe_file, tmp_path / "never-stopped")["metrics"]
+
+
+def test_a_stage_goes_back_and_on_with_the_remedy(recipe_file: Path, tmp_path: Path) -> None:
+    found = drift(recipe_file, tmp_path / "run", "alarms.actions.drift=roll_back")
+    (remedy,) = found["remedies"]
+    assert remedy["changes"] == {"gad.kl_coefficient": 0.01, "gad.learning_rate": 5e-4}
+    assert remedy["back_to"] < remedy["since"] <= remedy["step"]
+    assert remedy["back_to"] == 5 * ((remedy["since"] - 1) // 5)
+    steps = [row["step"] for row in found["metrics"]]
+    assert steps == list(range(1, STEPS + 1))
+    assert found["metrics"][-1]["student/kl_nats"] < 1.0
+    assert found["stage"]["done"]
+    assert not [row for row in found["alarms"] if row["name"] == "drift"]
+    settings = found["stage"]["settings"]["gad"]
+    assert settings["kl_coefficient"] == 0.001, "the stage is still that of the recipe"
+    assert drift(recipe_file, tmp_path / "run", "alarms.actions.drift=roll_back") == found
+
+
+def test_without_a_good_checkpoint_it_goes_back_to_the_start(recipe_file: Path, tmp_path: Path) -> None:
+    settings = ("alarms.actions.drift=roll_back", "checkpoints.keep_last=1", "checkpoints.keep_best=false")
+    found = drift(recipe_file, tmp_path / "run", *settings)
+    assert found["remedies"][0]["back_to"] == 0
+    assert [row["step"] for row in found["metrics"]] == list(range(1, STEPS + 1))
+    assert max(row["student/kl_nats"] for row in found["metrics"]) < 0.2
+
+
+def test_after_going_back_three_times_it_stops(recipe_file: Path, tmp_path: Path) -> None:
+    # Nothing holds this one: each remedy is too weak.
+    settings = ("gad.kl_coefficient=1e-9", "alarms.actions.too-strong=roll_back")
+    with pytest.raises(AlarmError, match=r"alarm too-strong \(stop\)"):
+        drift(recipe_file, tmp_path / "run", *settings)
+    found = outcome(tmp_path / "run")
+    assert len(found["remedies"]) == 3
+    rates = [row["changes"]["gad.discriminator_learning_rate"] for row in found["remedies"]]
+    assert rates == [5e-4, 2.5e-4, 1.25e-4]
+    assert found["kept"][-1] == found["alarms"][-1]["step"]
+
+
+def test_a_real_run_stops_with_its_exit_code_and_goes_on_when_told(recipe_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = [f"run_folder={folder}", *SOON]
+    with open_run(load_recipe(recipe_file, settings)) as run:
+        warmup(run)
+
+    def gad_again(*overrides: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "gadfly", "gad", str(recipe_file), *settings, *overrides]
+        return subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=200, check=False
+        )
+
+    # It has no remedy, so going back would be in vain.
+    for _ in range(2):
+        stopped = gad_again("alarms.actions.ends-differ=roll_back")
+        assert stopped.returncode == 4, stopped.stderr
+        assert stopped.stderr.splitlines()[-1].startswith("gad step 4: alarm ends-differ (stop): ")
+    assert checkpoint_steps(folder / "gad")[-1] == 4
+    assert not RunFolder(folder).is_done("gad")
+    went_on = gad_again()
+    assert went_on.returncode == 0, went_on.stderr
+    assert RunFolder(folder).is_done("gad")
+    (alarm,) = [row for row in RunFolder(folder).rows("alarms.jsonl") if row["stage"] == "gad"]
+    assert (alarm["name"], alarm["step"]) == ("ends-differ", 4)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_clean_run_raises_none(recipe_file: Path, tmp_path: Path, seed: int) -> None:
+    rng = random.Random(5)
+    words = ("ka", "lo", "mi", "ne", "su", "ta")
+    rows = [
+        {"prompt": f"say {n}", "response": "".join(rng.choice(words) for _ in range(3))} for n in range(160)
+    ]
+    data = tmp_path / "clean.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    learning = {
+        "warmup.learning_rate": 1e-2,
+        "warmup.batch_prompts": 32,
+        "warmup.max_steps": 60,
+        "warmup.discriminator_only_steps": 0,
+        "warmup.discriminator_every": 0,
+        "warmup.discriminator_final_steps": 30,
+        "gad.learning_rate": 1e-4,
+        "gad.discriminator_learning_rate": 3e-4,
+        "gad.kl_coefficient": 0.1,
+        "gad.batch_prompts": 16,
+        "gad.max_steps": 24,
+        "gad.evaluate_every": 10,
+        "evaluation.prompts": 32,
+    }
+    settings = [f"{key}={value}" for key, value in learning.items()]
+    settings += [f"run_folder={tmp_path / 'run'}", f"data.train={data}", f"seed={seed}", "alarms.window=10"]
+    with open_run(load_recipe(recipe_file, settings)) as run:
+        warmup(run)
+        gad(run)
+        assert run.folder.rows("alarms.jsonl") == []
+        assert any("detail/still_fraction/student" in row for row in run.folder.rows("metrics.jsonl"))
+
+
+def test_a_loss_that_is_no_number_goes_back_too(recipe_file: Path, tmp_path: Path) -> None:
+    def work(*overrides: str) -> dict[str, Any]:
+        folder = tmp_path / "run"
+        with open_run(load_recipe(recipe_file, [f"run_folder={folder}", *SETTINGS, *overrides])) as run:
+            breaking(run)
+        return outcome(folder)
+
+    with pytest.raises(AlarmError) as stopped:
+        work()
+    told = str(stopped.value)
+    assert told.startswith("gad step 33: the loss is nan (prompts p1); nothing was updated. Last good ")
+    assert "checkpoint: step 30. Lower gad.learning_rate" in told
+    assert outcome(tmp_path / "run")["alarms"][-1]["name"] == "not-finite"
+    found = work("alarms.action=roll_back", "alarms.actions.drift=warn", "alarms.actions.too-strong=warn")
+    assert [row["name"] for row in found["remedies"]] == ["not-finite"]
+    assert found["remedies"][0]["back_to"] == 30
+    assert found["stage"]["done"]
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01])
+def test_a_kill_while_going_back_changes_nothing(recipe_file: Path, tmp_path: Path, delay: float) -> None:
+    undisturbed = drift(recipe_file, tmp_path / "undisturbed", "alarms.actions.drift=roll_back")
+    folder = tmp_path / "killed"
+    settings = [f"run_folder={folder}", *SETTINGS, "alarms.actions.drift=roll_back"]
+    command = [sys.executable, str(TESTS / "drifting.py"), str(recipe_file), *settings]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not (folder / "gad" / "remedies.jsonl").exists() and process.poll() is None:
+        time.sleep(0.0005)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    assert (folder / "gad" / "remedies.jsonl").exists()
+    drift(recipe_file, folder, "alarms.actions.drift=roll_back")
+    assert outcome(folder) == undisturbed
+
+
+def test_a_kill_between_the_note_and_the_way_back_is_made_up_for(recipe_file: Path, tmp_path: Path) -> None:
+    undisturbed = drift(recipe_file, tmp_path / "run", "alarms.actions.drift=roll_back")
+    # As it stood when the row was noted: all checkpoints of the drift are there still.
+    warned = tmp_path / "noted"
+    with pytest.raises(AlarmError):
+        drift(recipe_file, warned, "alarms.actions.drift=stop")
+    folder = RunFolder(warned)
+    (noted,) = undisturbed["remedies"]
+    folder.write_rows("gad/remedies.jsonl", [{**noted, "is_done": False}])
+    assert max(checkpoint_steps(warned / "gad")) > noted["back_to"]
+    assert drift(recipe_file, warned, "alarms.actions.drift=roll_back") == undisturbed
+
+
+def test_a_resumed_run_raises_the_same_alarms(recipe_file: Path, tmp_path: Path) -> None:
+    undisturbed = drift(recipe_file, tmp_path / "undisturbed")
+    whole = tmp_path / "undisturbed"
+    for step in (10, 35, 50):
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(whole, folder, symlinks=True)
+        for later in checkpoint_steps(folder / "gad"):
+            if later > step:
+                shutil.rmtree(folder / "gad" / f"step-{later:06d}")
+        begun = RunFolder(folder).read_json("gad/stage.json")
+        RunFolder(folder).write_json("gad/stage.json", {**begun, "done": False})
+        assert drift(recipe_file, folder) == undisturbed

@@ -1,0 +1,81 @@
+"""Sampling on many processes: how far it has come, how long it may take, and copies left behind."""
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from side_by_side import side_by_side
+from tiny import sharp_model
+
+from gadfly.errors import AlarmError
+from gadfly.logprobs import log_distribution
+from gadfly.processes import Processes
+from gadfly.samplers import Canary, DealtSampler, LocalSampler, Request, Sample
+
+NEVER = frozenset({258})
+REQUESTS = [Request((5, 6, 7 + number), 3, f"stream {number}") for number in range(4)]
+
+
+def test_progress_is_told_at_every_token_and_changes_no_sample(tiny_model: Path) -> None:
+    model, told = sharp_model(tiny_model), list[str]()
+    silent = LocalSampler(model, NEVER, max_parallel_responses=6)
+    speaking = LocalSampler(model, NEVER, max_parallel_responses=6, progress=told.append)
+    samples = speaking.sample(REQUESTS, temperature=1.0, max_response_tokens=5)
+    assert samples == silent.sample(REQUESTS, temperature=1.0, max_response_tokens=5)
+    # Four groups of three, two groups at a time.
+    assert told == [f"sampling: token {place} of at most 5" for place in range(1, 6)] * 2
+
+
+def sample_slowly(processes: Processes, folder: Path, timeout_seconds: float) -> list[list[Sample]]:
+    """Sample the requests where the first of many takes longer than anything may take, a bit a token."""
+
+    def pause(module: Any, arguments: Any) -> None:
+        if processes.size > 1 and processes.rank == 0:
+            time.sleep(0.5)
+
+    model = sharp_model(folder)
+    model.register_forward_pre_hook(pause)
+    processes.gather("start", None)
+    processes.limit_waits(timeout_seconds)
+    own = LocalSampler(model, NEVER, progress=processes.progress)
+    return DealtSampler(own, processes).sample(REQUESTS, temperature=1.0, max_response_tokens=12)
+
+
+def test_slow_sampling_is_not_taken_for_stuck_by_those_that_wait_for_it(tiny_model: Path) -> None:
+    alone = sample_slowly(Processes(), tiny_model, 0.0)
+    first, second = side_by_side(sample_slowly, tiny_model, 3.0)
+    assert first == second
+    for group, wanted in zip(first, alone, strict=True):
+        assert [sample.tokens for sample in group] == [sample.tokens for sample in wanted]
+
+
+def test_a_copy_without_the_students_weights_raises_an_alarm_that_says_all(tiny_model: Path) -> None:
+    student = sharp_model(tiny_model)
+    copied = copy.deepcopy(student)
+
+    def student_logprobs(tokens: Any) -> list[float]:
+        ids = torch.tensor(tokens)
+        with torch.no_grad():
+            logits = student(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        values: list[float] = log_distribution(logits, 1.0).gather(-1, ids[1:, None]).squeeze(-1).tolist()
+        return values
+
+    sampler = LocalSampler(copied, NEVER, canary=Canary(student_logprobs))
+    sampler.update(student.named_parameters())
+    before = {name: weight.detach().clone() for name, weight in student.named_parameters()}
+    with torch.no_grad():
+        student.lm_head.weight.mul_(1.5)
+    with pytest.raises(AlarmError) as alarm:
+        sampler.update(before.items())
+    told = str(alarm.value)
+    assert told.startswith("the inference copy gives the tokens of a fixed text log-probabilities that are ")
+    assert (
+        "the student's own weights are right, its last update included, and nothing was sampled since" in told
+    )
+    assert 'set engine.precision = "float32", or run on one process' in told
+    assert "vLLM" not in told
+    assert "\n" not in told
+    sampler.update(student.named_parameters())

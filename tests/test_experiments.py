@@ -1,0 +1,133 @@
+"""The proving ground: verdicts by hand-worked numbers, and every experiment at its smallest."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.experiment import FOLDER, Claim, load_experiment, names
+from experiments.pages import page
+from experiments.results import Results
+from gadfly.errors import ConfigError
+from gadfly.recipe_file import load_recipe
+
+CLAIM = Claim(says="a is above b", better="a", worse="b")
+
+
+def results(a: list[float], b: list[float]) -> Results:
+    seeds = tuple(range(1, len(a) + 1))
+    figures = {
+        "a": {"s/f": dict(zip(seeds, a, strict=True))},
+        "b": {"s/f": dict(zip(seeds, b, strict=False))},
+    }
+    return Results(seeds, figures, {}, {})
+
+
+def test_a_claim_holds_where_the_interval_of_its_paired_difference_is_above_zero() -> None:
+    verdict = results([0.5, 0.7, 0.6], [0.2, 0.4, 0.3]).verdict(CLAIM, "s/f")
+    assert verdict.word == "holds"
+    assert verdict.difference is not None
+    assert verdict.difference.value == pytest.approx(0.3)
+
+
+def test_a_claim_does_not_hold_where_the_interval_is_below_zero() -> None:
+    assert results([0.2, 0.41, 0.3], [0.5, 0.7, 0.6]).verdict(CLAIM, "s/f").word == "does not hold"
+
+
+def test_where_lower_is_better_the_verdict_is_the_opposite() -> None:
+    lower = CLAIM.model_copy(update={"lower_is_better": True})
+    assert results([0.2, 0.41, 0.3], [0.5, 0.7, 0.6]).verdict(lower, "s/f").word == "holds"
+
+
+def test_an_interval_around_zero_is_unclear() -> None:
+    # Differences -0.3, 0.4, 0.2: mean 0.1, and t = 4.30 at two degrees of freedom makes it about +- 0.9.
+    assert results([0.2, 0.8, 0.5], [0.5, 0.4, 0.3]).verdict(CLAIM, "s/f").word == "unclear"
+
+
+def test_one_seed_decides_nothing() -> None:
+    assert results([0.9], [0.1]).verdict(CLAIM, "s/f").word == "unclear"
+
+
+def test_pairs_are_of_the_seeds_that_both_have() -> None:
+    difference = results([0.5, 0.7, 0.6], [0.2, 0.4]).verdict(CLAIM, "s/f").difference
+    assert difference is not None
+    assert difference.n == 2
+
+
+def test_an_arm_that_was_not_run_has_no_verdict() -> None:
+    assert results([0.5], []).verdict(CLAIM, "s/f").word == "not run"
+
+
+def test_an_unknown_experiment_is_refused_with_the_names_of_all() -> None:
+    with pytest.raises(ConfigError, match=r"no experiment 'nothing'; there are .*mixture"):
+        load_experiment("nothing")
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_experiment_asks_only_of_arms_and_figures_it_has(name: str) -> None:
+    experiment = load_experiment(name)
+    for claim in experiment.claims:
+        assert {claim.better, claim.worse} <= experiment.titles.keys()
+        assert claim.figure is None or claim.figure in experiment.figures
+    assert experiment.figure in experiment.figures
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_is_right_with_the_settings_of_every_arm(name: str) -> None:
+    experiment = load_experiment(name)
+    for settings in [experiment.quick, *(arm.settings for arm in experiment.arms.values())]:
+        recipe = load_recipe(FOLDER / name / "recipe.toml", settings)
+        assert set(experiment.models) == set(recipe.generate.checkpoints)
+
+
+def test_the_page_of_results_is_as_the_experiments_have_it() -> None:
+    assert (FOLDER.parent / "docs" / "results.md").read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_readme_has_a_place_for_results(name: str) -> None:
+    readme = (FOLDER / name / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"<!-- results: .* -->\n.*<!-- end of results -->", readme, re.DOTALL)
+
+
+def experiment(*arguments: object) -> str:
+    command = [sys.executable, "-m", "experiments", *map(str, arguments)]
+    ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended.stdout
+
+
+def test_the_mixture_runs_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    first = experiment("mixture", "--quick", "--folder", tmp_path)
+    rows = [line for line in first.splitlines() if line.startswith("| GAD") or "**GAD**" in line]
+    assert len(rows) == 1 + len(load_experiment("mixture").arms)
+    metrics = tmp_path / "mixture-quick" / "seed-1" / "metrics.jsonl"
+    before = metrics.read_bytes()
+    assert experiment("mixture", "--quick", "--folder", tmp_path) == first
+    assert metrics.read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["records", "memory", "stories"])
+def test_every_other_experiment_runs_at_its_smallest(name: str, tmp_path: Path) -> None:
+    settings = load_experiment(name).ground_settings
+    if "models" in settings and not (FOLDER.parent / str(settings["models"])).is_dir():
+        pytest.skip(f"no models at {settings['models']}")
+    printed = experiment(name, "--quick", "--folder", tmp_path)
+    for title in load_experiment(name).titles.values():
+        assert f"| {title} |" in printed
+
+
+def test_what_is_kept_of_results_is_what_their_tables_say() -> None:
+    for file in FOLDER.glob("*/results.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        experiment = load_experiment(record["experiment"])
+        gad = record["figures"]["gad"][experiment.figure]
+        assert sorted(map(int, gad)) == record["seeds"]
+        mean = sum(gad.values()) / len(gad)
+        readme = (file.parent / "README.md").read_text(encoding="utf-8")
+        (row,) = (line for line in readme.splitlines() if line.startswith("| **GAD** |"))
+        assert f"{mean:.3f}" in row
