@@ -131,6 +131,7 @@ def test_after_going_back_three_times_it_stops(recipe_file: Path, tmp_path: Path
     assert found["kept"][-1] == found["alarms"][-1]["step"]
 
 
+@pytest.mark.slow
 def test_a_real_run_stops_with_its_exit_code_and_goes_on_when_told(recipe_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = [f"run_folder={folder}", *SOON]

@@ -44,6 +44,7 @@ def sample_slowly(processes: Processes, folder: Path, timeout_seconds: float) ->
     return DealtSampler(own, processes).sample(REQUESTS, temperature=1.0, max_response_tokens=12)
 
 
+@pytest.mark.slow
 def test_slow_sampling_is_not_taken_for_stuck_by_those_that_wait_for_it(tiny_model: Path) -> None:
     alone = sample_slowly(Processes(), tiny_model, 0.0)
     first, second = side_by_side(sample_slowly, tiny_model, 3.0)

@@ -224,5 +224,6 @@ def moved_in_shards(processes: Processes, folder: Path) -> tuple[float, float]:
     return movement.since_last(), movement.since_last()
 
 
+@pytest.mark.slow
 def test_what_moves_in_the_shard_of_one_process_has_moved_for_all(tiny_model: Path) -> None:
     assert side_by_side(moved_in_shards, tiny_model) == [(26 / 27, 1.0)] * 2

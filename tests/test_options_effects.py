@@ -106,6 +106,7 @@ def test_beyond_a_high_score_a_bounded_reward_asks_for_no_more() -> None:
     assert group_advantages(torch.tensor([[30.0, 40.0]])).abs().max() > 0.7
 
 
+@pytest.mark.slow
 def test_replay_keeps_what_a_discriminator_had_learnt_when_its_student_moves_on(tiny_model: Path) -> None:
     def gap_on_the_first_fault(num_replayed: int, seed: int) -> float:
         """On average over thirty steps on the student's second fault, after thirty on its first."""
@@ -137,6 +138,7 @@ def test_replay_keeps_what_a_discriminator_had_learnt_when_its_student_moves_on(
     assert reminded > forgetful + 0.7
 
 
+@pytest.mark.slow
 def test_an_extra_reward_is_followed_where_the_discriminator_says_nothing(
     recipe_file: Path, warmed_up: Path
 ) -> None:

@@ -242,6 +242,7 @@ def test_processes_end_without_their_launcher(recipe_file: Path, tmp_path: Path)
     assert seconds < 15
 
 
+@pytest.mark.slow
 def test_a_failure_while_ranks_join_ends_the_others_too(recipe_file: Path, tmp_path: Path) -> None:
     lines, seconds = faulty(recipe_file, tmp_path / "run", "fail-in-new-group", rank=1, at=1)
     assert lines == []
@@ -336,6 +337,7 @@ def test_a_request_to_end_is_heard_beside_the_main_thread_and_after_asyncio() ->
     assert 0 <= seconds < 1
 
 
+@pytest.mark.slow
 def test_a_wait_beside_the_main_thread_holds_up_none_in_it(tmp_path: Path) -> None:
     (line,) = ranks_do(
         2,

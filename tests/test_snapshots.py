@@ -151,6 +151,7 @@ def scored_in_shards(processes: Processes, model: Path, folder: Path) -> tuple[l
     return scores.values.tolist(), is_same and torch.equal(engine.forward(GROUPS).values, own)
 
 
+@pytest.mark.slow
 def test_on_two_processes_shards_are_filled_and_put_back(tiny_model: Path, tmp_path: Path) -> None:
     snapshot = saved(tiny_model, tmp_path / "d")
     loaded, _ = load_discriminator(snapshot.folder)

@@ -470,6 +470,7 @@ def phase_requests(phase: int) -> list[Request]:
     return [Request((5, phase, 6 + number), 4, f"phase {phase} stream {number}") for number in range(6)]
 
 
+@pytest.mark.slow
 def test_several_trainers_hand_over_once_share_the_work_and_see_the_samples_of_one(case: Case) -> None:
     def unreachable_at_last(path: str, body: dict[str, Any]) -> int | None:
         is_third = path == "/collective_rpc" and len(case.servers[0].bodies(path)) == 3
