@@ -13,13 +13,20 @@ from typing import Any
 import pytest
 from drifting import STEPS, breaking, drifting
 
+from experiments.faults.wrapped import spoiled_gradient
+from gadfly.alarms import ALARMS, Alarm, Circumstances, Kind
 from gadfly.checkpoint import checkpoint_steps
+from gadfly.config import TRAINING_STAGES
 from gadfly.errors import AlarmError
 from gadfly.metrics import without_time
 from gadfly.recipe_file import load_recipe
 from gadfly.run_folder import RunFolder
+from gadfly.stages import alarm_actions
+from gadfly.stages.alarm_actions import Lookout
 from gadfly.stages.gad import gad
+from gadfly.stages.remedies import remedy_for
 from gadfly.stages.run import open_run
+from gadfly.stages.sft import seqkd
 from gadfly.stages.warmup import warmup
 
 TESTS = Path(__file__).resolve().parent
@@ -253,3 +260,73 @@ def test_a_resumed_run_raises_the_same_alarms(recipe_file: Path, tmp_path: Path)
         begun = RunFolder(folder).read_json("gad/stage.json")
         RunFolder(folder).write_json("gad/stage.json", {**begun, "done": False})
         assert drift(recipe_file, folder) == undisturbed
+
+
+def test_a_kill_before_the_way_back_is_noted_changes_nothing(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A checkpoint is due at every step, so also at the one that is to be left behind.
+    settings = ("alarms.actions.drift=roll_back", "gad.save_every=1", "checkpoints.keep_last=60")
+    undisturbed = drift(recipe_file, tmp_path / "undisturbed", *settings)
+
+    class Killed(BaseException):
+        pass
+
+    def fatal(*_: object) -> int:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(alarm_actions, "note_remedy", fatal)
+        with pytest.raises(Killed):
+            drift(recipe_file, tmp_path / "killed", *settings)
+    assert RunFolder(tmp_path / "killed").rows("gad/remedies.jsonl") == []
+    assert drift(recipe_file, tmp_path / "killed", *settings) == undisturbed
+    assert len(undisturbed["remedies"]) == 1
+
+
+def raised(kind: Kind, stage: str) -> Alarm:
+    remedy = {key.format(stage=stage): change for key, change in kind.remedy.items()}
+    return Alarm(kind.name, kind.title, 9, 9, "", kind.cause, kind.advice, remedy)
+
+
+@pytest.mark.parametrize("stage", TRAINING_STAGES)
+def test_a_remedy_changes_what_its_stage_reads_and_nothing_else(stage: str, recipe_file: Path) -> None:
+    own = {
+        "seqkd-equal-time": {"seqkd.equal_time_learning_rate"},
+        "discriminator-lm": {"discriminator.lm_learning_rate"},
+    }.get(stage, {f"{stage}.learning_rate"})
+    reads = own | {"warmup": {"warmup.discriminator_learning_rate", "sampling.temperature"}}.get(stage, set())
+    if stage == "gad":
+        reads |= {"gad.kl_coefficient", "gad.discriminator_learning_rate", "sampling.temperature"}
+    with open_run(load_recipe(recipe_file)) as run:
+        for kind in ALARMS:
+            if not kind.stages or stage in kind.stages:
+                changes = remedy_for(run, stage, raised(kind, stage))
+                assert changes.keys() <= reads
+                assert changes or not kind.remedy, "it would do the same again"
+        not_finite = remedy_for(run, stage, raised(ALARMS[0], stage))
+    (rate,) = (not_finite[key] for key in own)
+    assert rate == {"discriminator-lm": 0.5e-5}.get(stage, 0.5e-3)
+
+
+def test_sft_goes_back_at_half_its_rate_when_a_gradient_is_no_number(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    settings = [f"run_folder={tmp_path / 'run'}", "alarms.action=roll_back"]
+    # The model that is opened after going back has fewer steps left than that.
+    with spoiled_gradient(5), open_run(load_recipe(recipe_file, settings)) as run:
+        seqkd(run)
+        (remedy,) = run.folder.rows("seqkd/remedies.jsonl")
+        assert run.folder.is_done("seqkd")
+    assert (remedy["name"], remedy["step"], remedy["back_to"]) == ("not-finite", 5, 4)
+    assert remedy["changes"] == {"seqkd.learning_rate": 5e-4}
+
+
+def test_an_alarm_before_the_first_step_promises_no_checkpoint(recipe_file: Path) -> None:
+    with open_run(load_recipe(recipe_file, ["alarms.action=stop"])) as run:
+        lookout = Lookout(run, "gad", Circumstances())
+        lookout.see({"stage": "gad", "step": 0, "evaluation/rouge_l": float("nan")})
+        with pytest.raises(AlarmError) as stopped:
+            lookout.act(before=lambda: None)
+    assert "checkpoint" not in str(stopped.value)
+    assert 'alarms.actions.not-finite="warn"' in str(stopped.value)

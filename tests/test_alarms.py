@@ -296,3 +296,6 @@ def test_resting_is_for_alarms_that_it_helps() -> None:
     assert config.action_on("too-strong") == "skip_discriminator"
     assert config.action_on("drift") == "warn"
     assert config.action_on("collapse") == "stop"
+    # What is wrong with weights that rest stays wrong.
+    assert config.action_on("score-explosion") == "warn"
+    assert config.action_on("memorises") == "warn"

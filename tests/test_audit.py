@@ -7,10 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from audits import UNTRAINED, Fields, found, recipe, rows
+from audits import UNTRAINED, Fields, found, recipe, rows, write
 from conftest import CHAT_TEMPLATE
 from tokenizers import normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from gadfly.errors import AlarmError, CheckpointError
 from gadfly.groups import Branch
@@ -183,6 +189,27 @@ def test_a_text_that_is_not_what_its_tokens_say_scores_differently(tmp_path: Pat
     assert (finding.name, finding.is_mechanical) == ("identical-text", True)
     with open_run(load_recipe(path)) as run:
         assert score_twice(run, None, renderer, asked, odd).findings() == []
+
+
+def test_answers_beyond_the_models_positions_are_looked_at_as_they_are_trained_on(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    config = GPT2Config(vocab_size=259, n_positions=256, n_embd=16, n_layer=1, n_head=2, eos_token_id=2)
+    model = GPT2LMHeadModel(config)
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=2)
+    model.save_pretrained(tmp_path / "short")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "short")
+    some = [row | {"response": 20 * (row["response"] + " ")} for row in rows(0)]
+    allowed = '["cap-cuts-teacher", "white-space"]'
+    path = recipe(tmp_path, tmp_path / "short", some[20:])
+    # The held-out ones are asked first.
+    write(tmp_path / "valid.jsonl", some[:20])
+    with open_run(load_recipe(path, ["sampling.max_response_tokens=40", f"audit.allow={allowed}"])) as run:
+        audit(run)
+        found = run.folder.read_json("audit.json")["audit"]
+    assert found["identical_text"]["different"] == 0
+    assert found["identical_text"]["texts"] >= 8
+    assert "cap-cuts-teacher" in {finding["name"] for finding in found["findings"]}
 
 
 @pytest.mark.parametrize(

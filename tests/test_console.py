@@ -70,6 +70,11 @@ def test_a_live_line_never_wraps() -> None:
     assert seen(on_a_terminal(code, columns=40)) == ["x" * 39, "y" * 100, ""]
 
 
+def test_what_data_says_does_not_steer_the_terminal() -> None:
+    told = in_a_pipe("logger.warning('prompt %s', '\\x1b]0;pwned\\x07\\u202e')")
+    assert told == "prompt «U+001B»]0;pwned«U+0007»«U+202E»\n"
+
+
 def test_live_lines_are_thinned_out_in_a_pipe() -> None:
     text = in_a_pipe("[step(n) for n in range(1, 9)]; logger.warning('careful'); step(9, last=True)")
     assert text == "gad 1/9\ncareful\ngad 9/9\n"

@@ -72,6 +72,7 @@ LAYERS = (
         "statistics",
         "alarms",
         "text_metrics",
+        "visible_text",
         "surface_features",
         "near_duplicates",
         "audit_findings",

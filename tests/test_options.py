@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,11 +17,15 @@ from gadfly.config import RewardConfig
 from gadfly.dataset import load_rows
 from gadfly.errors import CheckpointError, ConfigError, DataError, RunFolderError, UserError
 from gadfly.groups import Branch, Group
+from gadfly.losses import group_advantages
 from gadfly.metrics import without_time
 from gadfly.recipe_file import load_recipe
+from gadfly.records import Message, Row
 from gadfly.replay import Replay
 from gadfly.reward_functions import RewardFunction, load_reward_functions, rate
+from gadfly.stages.examples import Example
 from gadfly.stages.gad import gad
+from gadfly.stages.rewards import Rewards
 from gadfly.stages.run import open_run
 from gadfly.stages.warmup import warmup
 from gadfly.teachers import of_teachers
@@ -167,6 +172,15 @@ def test_what_is_drawn_was_kept_of_the_last_steps_and_follows_from_seed_and_step
     assert len(over_time) > 2
 
 
+def test_a_store_that_nothing_is_drawn_from_does_not_grow(tmp_path: Path) -> None:
+    store = Replay(groups=2, steps=3, seed=4)
+    for step in range(1, 500):
+        store.keep(step, [Group(f"{step}.{place}", ()) for place in range(5)])
+    store.snapshot()(tmp_path)
+    assert len((tmp_path / "replay.jsonl").read_text().splitlines()) == 6
+    assert len(store.drawn(500)) == 2
+
+
 def test_a_store_that_was_saved_gives_what_it_would_have_given(tmp_path: Path) -> None:
     store, again = (Replay(groups=3, steps=5, seed=0) for _ in range(2))
     store.keep(1, [GROUP, Group("b", (1,))])
@@ -200,6 +214,18 @@ def test_only_the_responses_of_the_teachers_named_are_used_and_the_others_counte
     assert of_teachers("train", data, []) is data
     with pytest.raises(DataError, match=r"data\.valid: .*data\.teachers = z; .* says None, x, y"):
         of_teachers("valid", data, ["z"])
+
+
+def test_a_teachers_name_neither_steers_the_terminal_nor_fills_it(tmp_path: Path) -> None:
+    names = ["\x1b]0;pwned\x07\n" + "x" * 10**5, *(f"t{number}" for number in range(50))]
+    lines = [{"prompt": f"say {name[-4:]}", "response": "1", "teacher": name} for name in names]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError) as refused:
+        of_teachers("train", load_rows(str(tmp_path / "rows.jsonl"), needs_response=True), ["z"])
+    told = str(refused.value)
+    assert told.isprintable()
+    assert len(told) < 500
+    assert told.endswith(" and 41 more")
 
 
 # Code of the recipe
@@ -272,6 +298,41 @@ def test_code_that_cannot_be_loaded_is_one_line(tmp_path: Path, code: str | None
     with pytest.raises(ConfigError, match=reason) as refusal:
         load_reward_functions({"own": RewardConfig(function=f"{file}:f")}, allows_code=True)
     assert str(refusal.value).startswith(f"gad.rewards.own = {file}:f: ")
+
+
+def test_code_with_a_dataclass_and_late_annotations_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Rated:\n    value: float\n"
+        "def f(prompt, responses, teachers):\n    return [Rated(2.0).value for _ in responses]\n"
+    )
+    config = RewardConfig(function=f"{tmp_path / 'json.py'}:f")
+    found = load_reward_functions({"own": config}, allows_code=True)
+    assert found["own"]("why?", ["a", "b"], []) == [2.0, 2.0]
+    # Its name is that of a module, which stays what it was.
+    assert sys.modules["json"] is json
+
+
+def test_neither_unit_nor_offset_of_a_reward_matters(recipe_file: Path) -> None:
+    reward = 'gad.rewards={short = {function = "rewards.py:short", weight = 0.5}}'
+    texts = ("a", "bbbb", "cc", "ddd")
+    students = tuple(Branch((7,), True, text) for text in texts)
+    group = Group("a", (5, 6), (Branch((7, 2), True, "x"),), students)
+    batch = [Example(Row("a", (Message("user", "why?"),)), group)]
+    scores = torch.tensor([[0.3, -0.2, 0.9, 0.1]])
+
+    def advantages(unit: float, offset: float) -> Tensor:
+        def own(prompt: str, responses: Sequence[str], teachers: Sequence[str]) -> list[float]:
+            return [offset + unit * len(text) for text in responses]
+
+        recipe = load_recipe(recipe_file, [reward])
+        with open_run(recipe, reward_functions={"short": own}) as run:
+            return Rewards(run)(scores, batch, [group])[0]
+
+    expected = group_advantages(scores) + 0.5 * group_advantages(torch.tensor([[1.0, 4.0, 2.0, 3.0]]))
+    assert torch.allclose(advantages(1.0, 0.0), expected, atol=1e-6)
+    assert torch.allclose(advantages(1.0, 1e9), expected, atol=1e-5)
+    assert torch.allclose(advantages(1e39, 0.0), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("returned", [[1.0], [1.0, float("nan")], [1.0, 2.0, 3.0], ["a", "b"], None])

@@ -160,6 +160,18 @@ def test_on_two_processes_shards_are_filled_and_put_back(tiny_model: Path, tmp_p
     assert told == [(pytest.approx(expected, rel=1e-5), True)] * 2
 
 
+def refused_by_one(processes: Processes, model: Path, folder: Path) -> bool:
+    engine = engine_of(new_discriminator(str(model), "float32", seed=0)[0], processes)
+    # As where a network disk shows one machine what it does not show the other yet.
+    seen = folder if processes.rank == 0 else folder.with_name("elsewhere")
+    return with_snapshot(Snapshot("warmup", seen), engine.model, processes, lambda: 1) is None
+
+
+@pytest.mark.slow
+def test_one_that_a_single_process_cannot_read_is_left_out_by_all(tiny_model: Path, tmp_path: Path) -> None:
+    assert side_by_side(refused_by_one, tiny_model, saved(tiny_model, tmp_path / "d").folder) == [True, True]
+
+
 def checkpoints(stage: Path, *steps: int) -> None:
     for step in steps:
         (stage / f"step-{step:06d}").mkdir(parents=True)

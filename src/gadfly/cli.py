@@ -22,6 +22,7 @@ import typer
 import gadfly
 from gadfly.console import show_logs
 from gadfly.errors import GadflyError, RanksError, UserError
+from gadfly.visible_text import visible
 
 app = typer.Typer(
     help="Distil any black-box LLM into your own model, on-policy, from the teacher's text alone.",
@@ -284,7 +285,7 @@ def main() -> None:
     except GadflyError as error:
         console.end_line()
         if not error.is_told:
-            typer.echo(str(error), err=True)
+            typer.echo(visible(str(error)), err=True)
         sys.exit(error.exit_code)
     except _Stopped:
         console.end_line()

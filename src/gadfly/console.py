@@ -7,6 +7,8 @@ import shutil
 import sys
 import time
 
+from gadfly.visible_text import visible
+
 # Seconds between the lines of steps where they cannot be rewritten in place (a file, a pipe).
 _PAUSE_SECONDS = 10.0
 
@@ -26,7 +28,8 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record to standard error."""
-        text = self.format(record)
+        # Ids, names and texts of data are in it, and must not steer the terminal.
+        text = visible(self.format(record))
         live, last = getattr(record, "live", False), getattr(record, "last", False)
         if live and self._in_place:
             # A line that wraps could not be rewritten.

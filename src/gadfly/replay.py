@@ -42,12 +42,12 @@ class Replay:
 
     def drawn(self, step: int) -> list[Group]:
         """Some of the groups kept of the last steps before this one; fewer where there are no more."""
-        while self._kept and self._kept[0][0] < step - self._num_steps:
-            self._kept.popleft()
+        self._forget(step - self._num_steps)
         return [_read(self._kept[place][1]) for place in self._some(len(self._kept), step, "drawn")]
 
     def keep(self, step: int, groups: Sequence[Group]) -> None:
-        """Keep some of the groups of a step."""
+        """Keep some of the groups of a step, and none that is too old for the next."""
+        self._forget(step + 1 - self._num_steps)
         self._kept += [(step, _line(step, groups[place])) for place in self._some(len(groups), step, "kept")]
 
     def snapshot(self) -> Callable[[Path], None]:
@@ -76,6 +76,10 @@ class Replay:
             raise CheckpointError(
                 f"{folder / _FILE}: cannot be read ({damage}); restore the checkpoint from an intact copy"
             ) from None
+
+    def _forget(self, before: int) -> None:
+        while self._kept and self._kept[0][0] < before:
+            self._kept.popleft()
 
     def _some(self, count: int, step: int, purpose: str) -> list[int]:
         random = np.random.default_rng([self._seed, *purpose.encode(), step])

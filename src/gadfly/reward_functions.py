@@ -9,6 +9,7 @@ To read them is to run code of whoever wrote the recipe, so it is done only for 
 import hashlib
 import importlib.util
 import math
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -82,10 +83,14 @@ def rate(
 
 def _load(key: str, function: str) -> RewardFunction:
     path, _, name = function.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # A name of its own: it must neither shadow a module nor be taken for one.
+    module_name = f"gadfly_rewards_{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None, "the recipe takes no other file than .py"
     assert spec.loader is not None, "a file has a loader"
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look for the module they are defined in.
+    sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
     except FileNotFoundError:

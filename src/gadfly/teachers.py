@@ -6,6 +6,7 @@ from dataclasses import replace
 from gadfly.dataset import BadRow, Dataset
 from gadfly.errors import DataError
 from gadfly.records import Row
+from gadfly.visible_text import few
 
 
 def of_teachers(name: str, data: Dataset, teachers: Collection[str]) -> Dataset:
@@ -43,6 +44,6 @@ def of_teachers(name: str, data: Dataset, teachers: Collection[str]) -> Dataset:
         found = sorted({str(response.teacher) for row in data.rows for response in row.responses})
         raise DataError(
             f"data.{name}: no row has a response of data.teachers = {', '.join(teachers)}; the field "
-            f"`teacher` of its rows says {', '.join(found[:10])}"
+            f"`teacher` of its rows says {few(found)}"
         )
     return Dataset(tuple(rows), (*data.bad, *bad))

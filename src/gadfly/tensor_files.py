@@ -5,7 +5,7 @@ The files are safetensors: opening one runs no code.
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,27 @@ def load_tensors(tensors: dict[str, Tensor], folder: Path, *, group: dist.Proces
     Raises:
         CheckpointError: if names or shapes differ, or a file cannot be read, by whichever process.
     """
+    check_tensors(tensors, folder)
     reader = HuggingFaceStorageReader(str(folder))
     try:
-        stored = reader.read_metadata().state_dict_metadata
+        with _one_process():
+            distributed_checkpoint.load(
+                tensors, storage_reader=reader, process_group=group, no_dist=group is None
+            )
+    except CheckpointException as failure:
+        if (reason := refusal_in(failure)) is None:
+            raise
+        raise _unreadable(folder, reason) from failure
+
+
+def check_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse a folder that this process cannot read, or that holds other tensors; it waits for no other.
+
+    Raises:
+        CheckpointError: if names or shapes differ, or a file cannot be opened.
+    """
+    try:
+        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (OSError, SafetensorError) as failure:
         raise _unreadable(folder, str(failure)) from None
     saved = {
@@ -66,15 +84,6 @@ def load_tensors(tensors: dict[str, Tensor], folder: Path, *, group: dist.Proces
             raise CheckpointError(
                 f"{folder}: of another model than the recipe's: {name} has shape {there} there, {here} here"
             )
-    try:
-        with _one_process():
-            distributed_checkpoint.load(
-                tensors, storage_reader=reader, process_group=group, no_dist=group is None
-            )
-    except CheckpointException as failure:
-        if (reason := refusal_in(failure)) is None:
-            raise
-        raise _unreadable(folder, reason) from failure
 
 
 class _Writer(HuggingFaceStorageWriter):

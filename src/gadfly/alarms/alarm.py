@@ -56,7 +56,8 @@ class Kind:
         advice: what to change.
         find: looks at a stage's rows so far, the newest last.
         remedy: what going back and on changes; empty where no setting would help.
-        rests: whether it helps to let the discriminator rest.
+        rests: whether the alarm ends by letting the discriminator rest, since the student can catch up; what
+            is wrong with the discriminator's own weights, or scores, stays while it rests.
         stages: where it is looked for; everywhere if empty.
         hidden_by: other alarms that say the same more exactly, and leave nothing to add.
         held_out: whether it rests on held-out prompts, of which a handful says nothing.

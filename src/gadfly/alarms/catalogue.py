@@ -8,9 +8,10 @@ from gadfly.alarms.alarm import Change, Kind
 
 _GAMES = ("warmup", "gad")
 _HALF = Change(0.5)
-# Back to the student after warmup: ten times the pull, and half the speed.
-_HOLD = {"gad.kl_coefficient": Change(10.0, at_least=0.01, at_most=1.0), "gad.learning_rate": _HALF}
+# Half the speed; in gad also ten times the pull back to the student after warmup.
+_HOLD = {"gad.kl_coefficient": Change(10.0, at_least=0.01, at_most=1.0), "{stage}.learning_rate": _HALF}
 _SLOW_DISCRIMINATOR = {"{stage}.discriminator_learning_rate": _HALF}
+_FAST_DISCRIMINATOR = {"{stage}.discriminator_learning_rate": Change(2.0, at_most=1.0)}
 
 ALARMS: tuple[Kind, ...] = (
     Kind(
@@ -148,10 +149,9 @@ ALARMS: tuple[Kind, ...] = (
         "the size of the raw scores is above 100, or many times what it was and growing",
         ("detail/score_rms",),
         "It separates teacher and student, and nothing keeps its scores from growing.",
-        "Set discriminator.centring = 0.01, lower its learning rate, or set gad.discriminator_rests_above.",
+        "Set discriminator.centring = 0.01, or lower its learning rate.",
         about_discriminator.score_explosion,
         remedy=_SLOW_DISCRIMINATOR,
-        rests=True,
         stages=_GAMES,
     ),
     Kind(
@@ -200,7 +200,7 @@ ALARMS: tuple[Kind, ...] = (
         "The student found what it rewards by mistake, and it is too weak or too slow to follow.",
         "Raise gad.discriminator_learning_rate or gad.kl_coefficient, or warm it up longer.",
         about_discriminator.fooled,
-        remedy={"{stage}.discriminator_learning_rate": Change(2.0, at_most=1.0), "gad.learning_rate": _HALF},
+        remedy={**_FAST_DISCRIMINATOR, "{stage}.learning_rate": _HALF},
         stages=_GAMES,
     ),
     Kind(
@@ -212,7 +212,6 @@ ALARMS: tuple[Kind, ...] = (
         "Use more prompts, fewer epochs, a lower gad.discriminator_learning_rate, or gad.replay.",
         about_discriminator.memorises,
         remedy=_SLOW_DISCRIMINATOR,
-        rests=True,
         stages=_GAMES,
         held_out=True,
     ),

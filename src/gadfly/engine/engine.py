@@ -24,6 +24,7 @@ from gadfly.logprobs import Logprobs
 from gadfly.lora import left_out_of_saves
 from gadfly.packing import MicroBatch, cuts, filler, num_rows, num_tokens, pack
 from gadfly.processes import Processes, deal
+from gadfly.visible_text import few
 
 Output = TypeVar("Output", Logprobs, Scores)
 Objective = Callable[[Output, MicroBatch], Tensor]
@@ -130,7 +131,7 @@ class Engine(Generic[Output]):
         if ids := [prompt for _, some in told for prompt in some]:
             self._adamw.zero_grad()
             loss_sum = sum(part for part, _ in told)
-            raise AlarmError(f"the loss is {loss_sum} (prompts {', '.join(ids)}); nothing was updated")
+            raise AlarmError(f"the loss is {loss_sum} (prompts {few(ids)}); nothing was updated")
         return self._merged(groups, pieces), sum(part for part, _ in told)
 
     def clip_gradients(self) -> float:

@@ -94,6 +94,11 @@ class Lookout:
         """Whether a checkpoint is to be kept now, since the stage stops."""
         return self._wanted is not None and self._wanted.action == "stop"
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether the stage leaves this step behind, so that no checkpoint of it is to be kept."""
+        return self._wanted is not None and self._wanted.action == "roll_back"
+
     def act(self, before: Callable[[], None]) -> None:
         """Leave the stage if an alarm asks for that, after `before`.
 
@@ -107,8 +112,9 @@ class Lookout:
         alarm = self._wanted.alarm
         if self._wanted.action == "roll_back":
             self._go_back(alarm, self._wanted.changes)
+        kept = f"The checkpoint of step {alarm.step} is kept; with" if alarm.step else "With"
         raise Stopped(
-            f"{_told(self._stage, alarm, 'stop')} The checkpoint of step {alarm.step} is kept; with "
+            f"{_told(self._stage, alarm, 'stop')} {kept} "
             f'alarms.actions.{alarm.name}="warn" the same command goes on from there.',
             alarm.name,
         )

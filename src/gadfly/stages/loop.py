@@ -102,7 +102,9 @@ class TrainingLoop:
             score = None
             if is_last or step % self._training.evaluate_every == 0:
                 score = self._evaluate_now()
-            if is_last or step % self._training.save_every == 0 or self._lookout.stops:
+            is_due = is_last or step % self._training.save_every == 0 or self._lookout.stops
+            # A kill before the way back is noted has to leave the step, and its alarm, to be done again.
+            if is_due and not self._lookout.goes_back:
                 self._save(score)
             self._act_on_alarms()
 
@@ -158,8 +160,6 @@ class TrainingLoop:
     def _still_fractions(self, metrics: Metrics) -> Metrics:
         """Of each model that took a step, the share of its trained tensors that did not move."""
         stepped = {role for role in self._movements if f"{role}/grad_norm" in metrics}
-        if metrics.get("detail/discriminator_skipped"):
-            stepped.discard("discriminator")
         return {
             f"detail/still_fraction/{role}": self._movements[role].since_last() for role in sorted(stepped)
         }

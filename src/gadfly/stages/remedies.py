@@ -70,12 +70,17 @@ def reopened(stage: str) -> Callable[[Callable[[Run], None]], Callable[[Run], No
 
 
 def remedy_for(run: Run, stage: str, alarm: Alarm) -> dict[str, float]:
-    """The changed values by dotted key of the recipe; empty where an alarm has no remedy or none is left."""
+    """The changed values by dotted key of the recipe; empty where an alarm has no remedy or none is left.
+
+    Settings that the stage does not read are left out: with them alone it would do the same again.
+    """
     if not alarm.remedy or len(run.folder.rows(f"{stage}/remedies.jsonl")) >= _MOST_TIMES:
         return {}
     changes = {}
     for key, change in alarm.remedy.items():
         key = _RATES.get(key, key)
+        if key.startswith("gad.") and stage != "gad":
+            continue
         before = _value(run.recipe, key)
         if before is not None and change.of(before) != before:
             changes[key] = change.of(before)
@@ -130,6 +135,7 @@ def _changed(recipe: Recipe, changes: Mapping[str, float]) -> Recipe:
 
 
 def _value(recipe: Recipe, key: str) -> float | None:
+    """A number of the recipe; None where it has no such setting, as SFT has no discriminator's rate."""
     section, name = key.split(".")
-    value: float | None = getattr(getattr(recipe, section), name)
+    value: float | None = getattr(getattr(recipe, section, None), name, None)
     return _value(recipe, _STANDS_FOR[key]) if value is None and key in _STANDS_FOR else value

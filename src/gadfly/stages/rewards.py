@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -56,7 +57,9 @@ class Rewards:
             return own, {}
         parts = {DISCRIMINATOR_REWARD: own}
         for name, weight in self._weights.items():
-            parts[name] = weight * group_advantages(scores.new_tensor(self._rated(name, batch, groups)))
+            # In double precision: a reward far from 0 may differ by less than single precision tells apart.
+            rated = torch.tensor(self._rated(name, batch, groups), dtype=torch.float64, device=scores.device)
+            parts[name] = weight * group_advantages(rated).to(scores.dtype)
         shares = zip(parts, variance_shares(list(parts.values())), strict=False)
         metrics = {f"detail/reward_share/{name}": share for name, share in shares}
         return sum(parts.values(), start=scores.new_zeros(())), metrics

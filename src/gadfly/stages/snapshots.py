@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from gadfly.checkpoint import checkpoint_steps
 from gadfly.errors import CheckpointError
 from gadfly.processes import Processes
-from gadfly.tensor_files import load_tensors
+from gadfly.tensor_files import check_tensors, load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,8 @@ def with_snapshot(
     tensors = {_stored_name(name, is_adapter): weight.detach() for name, weight in trained.items()}
     with _put_back(list(tensors.values())):
         try:
+            # One that a process cannot open must not leave the others waiting for it.
+            processes.together("an earlier discriminator", lambda: check_tensors(tensors, snapshot.folder))
             load_tensors(tensors, snapshot.folder, group=processes.group)
         except CheckpointError as refusal:
             logger.warning("%s scores nothing: %s", snapshot.name, refusal)

@@ -16,7 +16,7 @@ from gadfly.stages.run import Run
 _TEXTS = 8
 # In seconds and in tokens.
 _LONG_ENOUGH, _FULL_BATCH = 0.3, 50_000
-# Longer than any text: a cut would hide how it is rendered.
+# A sample is no longer than the cap, and is not cut where its text has more tokens than were drawn.
 _NO_CAP = 2**31
 
 
@@ -62,7 +62,7 @@ def score_twice(
         model, own_renderer = new_discriminator(name, recipe.student.dtype, recipe.seed)
     else:
         model, own_renderer = load_discriminator(checkpoint / "discriminator", recipe.student.dtype)
-    groups, of = _twins(renderer, rows[:_TEXTS], samples[:_TEXTS])
+    groups, of = _twins(renderer, rows[:_TEXTS], samples[:_TEXTS], recipe.sampling.max_response_tokens)
     if recipe.discriminator.reads == "text":
         groups = reread(groups, of, own_renderer)
     engine = Engine(model, read_scores, micro_batch_tokens=recipe.engine.micro_batch_tokens)
@@ -84,13 +84,15 @@ def _pace(engine: Engine[Scores], groups: list[Group]) -> float:
 
 
 def _twins(
-    renderer: Renderer, rows: Sequence[Row], samples: Sequence[Branch]
+    renderer: Renderer, rows: Sequence[Row], samples: Sequence[Branch], cap: int
 ) -> tuple[list[Group], list[Row]]:
-    """Groups of one text in both roles: the teacher's own, and samples as if the teacher had written them."""
+    """Groups of one text in both roles: the teacher's own, cut as in training, and samples as if the teacher
+    had written them.
+    """
     groups, of = [], []
     for row, sample in zip(rows, samples, strict=True):
         told = replace(row, responses=row.responses[:1])
-        as_teacher = teacher_group(told, renderer, _NO_CAP)
+        as_teacher = teacher_group(told, renderer, cap)
         # What a sampler would have drawn: the same tokens, and their text.
         groups.append(replace(as_teacher, students=as_teacher.teachers))
         of.append(row)

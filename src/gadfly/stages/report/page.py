@@ -18,7 +18,8 @@ from gadfly.stages.report.remarks import NUM_CHECKS, remarks
 from gadfly.stages.report.results import how_sampled, result_tables
 from gadfly.stages.report.samples import before_and_after, best_and_worst, model_against_model
 from gadfly.stages.report.settings import settings_of
-from gadfly.stages.report.wording import counted, duration, shortened, stage_label, visible
+from gadfly.stages.report.wording import counted, duration, shortened, stage_label
+from gadfly.visible_text import visible
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """What things are called on the page, and numbers and model text as a person reads them."""
 
 import math
-import unicodedata
 
 from gadfly.statistics import Figure
 
@@ -52,9 +51,6 @@ EXPLANATIONS: dict[str, str] = {
 
 # How a sentence names a model, where that is not its label.
 _SPOKEN = {"base": "the base model", "seqkd-equal-time": "SeqKD at equal time", "teacher": "the teacher"}
-
-# Format characters that text needs: joiners of emoji and Indic or Persian script, direction marks.
-_KEPT_FORMAT = "\u200c\u200d\u200e\u200f\u061c"
 
 
 def model_label(name: str) -> str:
@@ -148,24 +144,6 @@ def listed(words: list[str]) -> str:
         'base, SeqKD and GAD'
     """
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def visible(text: str) -> str:
-    r"""Text with every character that would hide, act or break shown by its number.
-
-    Example:
-        >>> print(visible("\x1b[31mred\u202e\ud800"))
-        «U+001B»[31mred«U+202E»«U+D800»
-    """
-    return text if text.isascii() and text.isprintable() else "".join(map(_visible_character, text))
-
-
-def _visible_character(character: str) -> str:
-    code, category = ord(character), unicodedata.category(character)
-    if character in "\n\t" or character in _KEPT_FORMAT:
-        return character
-    hidden = category in ("Cc", "Cf", "Cs", "Zl", "Zp") or code & 0xFFFE == 0xFFFE
-    return f"«U+{code:04X}»" if hidden else character
 
 
 def shortened(text: str, limit: int) -> str:

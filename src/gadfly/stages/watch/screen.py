@@ -9,8 +9,9 @@ from typing import Any
 from gadfly.alarms import Series, change_band
 from gadfly.metrics import HEADLINES
 from gadfly.run_folder import Record
-from gadfly.stages.report.wording import counted, duration, number, stage_label, visible
+from gadfly.stages.report.wording import counted, duration, number, stage_label
 from gadfly.stages.watch.watched import Watched
+from gadfly.visible_text import visible
 
 Piece = tuple[str, str]
 """Text, and the style it is shown in: empty, `bold`, `dim`, a colour, or several of them."""
