@@ -26,8 +26,15 @@ class Arm(_Table):
     """`key=value` for the recipe of the main run."""
     again: Literal["gad", "warmup"] = "gad"
     """The first stage that is done anew: `gad` starts from the main run's warmup."""
-    why: str = ""
-    """What is asked by it, for the table."""
+
+    @property
+    def shared_stages(self) -> tuple[str, ...]:
+        """What the arm takes over from the main run, and what its time is therefore the longer for."""
+        if self.kind == "imitate-lm":
+            return ("discriminator-lm",)
+        if self.kind == "dpo":
+            return ("warmup",)
+        return ("discriminator-lm", "warmup") if self.again == "gad" else ()
 
 
 class Claim(_Table):

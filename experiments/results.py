@@ -1,7 +1,5 @@
 """Figures of all seeds put together: means with intervals, paired differences, and what they decide."""
 
-import datetime
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,30 +80,36 @@ def collect_results(name: str, experiment: Experiment, folder: Path, settings: S
     """Read what the seeds in a folder have measured."""
     figures: dict[str, dict[str, dict[int, float]]] = {}
     seconds: dict[str, dict[int, float]] = {}
-    places = sorted(folder.glob("seed-*"), key=lambda place: int(place.name.partition("-")[2]))
-    seeds = []
+    places = [
+        place for place in sorted(folder.glob("seed-*"), key=_seed) if (place / "measured.json").exists()
+    ]
     for place in places:
-        seed = int(place.name.partition("-")[2])
+        seed = _seed(place)
         main = RunFolder(place).read_json("summary.json")
-        if not RunFolder(place).read_json("measured.json"):
-            continue
-        seeds.append(seed)
         took = {stage: float(facts["seconds"]) for stage, facts in main.get("stages", {}).items()}
         for model in experiment.models:
             _add(figures, model, seed, main["evaluation"].get(model, {}))
             parts = {"gad": ("discriminator-lm", "warmup", "gad"), "warmup": ("warmup",)}.get(model, (model,))
             if any(part in took for part in parts):
                 seconds.setdefault(model, {})[seed] = sum(took.get(part, 0.0) for part in parts)
-        for arm in experiment.arms:
+        for arm, kind in experiment.arms.items():
             run = RunFolder(place / "arms" / arm)
             if run.read_json("measured.json"):
                 summary = run.read_json("summary.json")
                 # An arm's run generates its own student alone; the teacher's figures may stand beside it.
                 (own,) = (model for model in summary["evaluation"] if model != "teacher")
                 _add(figures, arm, seed, summary["evaluation"][own])
-                stages = summary.get("stages", {}).values()
-                seconds.setdefault(arm, {})[seed] = sum(float(facts["seconds"]) for facts in stages)
-    return Results(tuple(seeds), figures, seconds, _facts(name, settings, folder))
+                stages = summary.get("stages", {})
+                # What an arm of another kind trains is timed whole, whatever stages it borrows.
+                timed = [stages["student"]] if "student" in stages else stages.values()
+                own_seconds = sum(float(facts["seconds"]) for facts in timed)
+                shared = sum(took.get(stage, 0.0) for stage in kind.shared_stages)
+                seconds.setdefault(arm, {})[seed] = own_seconds + shared
+    return Results(tuple(map(_seed, places)), figures, seconds, _facts(name, settings, places))
+
+
+def _seed(place: Path) -> int:
+    return int(place.name.partition("-")[2])
 
 
 def _add(
@@ -117,27 +121,17 @@ def _add(
             place[seed] = float(record["value"])
 
 
-def _facts(name: str, settings: Sequence[str], folder: Path) -> dict[str, Any]:
-    environments = [RunFolder(place).read_json("environment.json") for place in sorted(folder.glob("seed-*"))]
-    packages = environments[0].get("packages", {}) if environments else {}
+def _facts(name: str, settings: Sequence[str], places: Sequence[Path]) -> dict[str, Any]:
+    """What the figures were made by: of several seeds, the newest date, and every machine."""
+    made = [RunFolder(place).read_json("measured.json") for place in places]
+    environments = [RunFolder(place).read_json("environment.json") for place in places]
     return {
         "experiment": name,
         "command": " ".join(["python -m experiments", name, *settings]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
-        "packages": packages,
+        "date": max((facts["date"] for facts in made), default=""),
+        "machine": "; ".join(sorted({facts["machine"] for facts in made})),
+        "packages": environments[0]["packages"] if environments else {},
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    wide = "with" if "avx512f" in flags.split() else "without"
-    return f"{len(names)} cores of {names[0]}, {wide} AVX-512" if names else platform.processor()
 
 
 def _by_text(values: Values) -> dict[str, float]:

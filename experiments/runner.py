@@ -5,7 +5,9 @@ SEED/                                the main run: seqkd, warmup, gad, seqkd-equ
 SEED/arms/ARM/                       each arm's own run folder
 """
 
+import datetime
 import logging
+import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -93,4 +95,17 @@ def _run_arm(arm: Arm, place: Path, run: Run, *, tells: bool) -> None:
 
 def _measure(ground: Ground, run: Run, settings: Mapping[str, Any]) -> None:
     ground.measure(run, settings)
-    run.folder.write_json("measured.json", {"done": True})
+    run.folder.write_json("measured.json", {"date": datetime.date.today().isoformat(), "machine": _machine()})
+
+
+def _machine() -> str:
+    """The processor, as Linux knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.platform()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    wide = "with" if "avx512f" in flags.split() else "without"
+    system = f"{platform.system()} {platform.machine()}"
+    return f"{len(names)} cores of {names[0]}, {wide} AVX-512, {system}" if names else platform.platform()

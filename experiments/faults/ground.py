@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gadfly.demo.models import save_model, tokenizer_of
 
 Row = dict[str, str]
 
@@ -145,7 +144,12 @@ def save_models(folder: Path, seed: int, words: Sequence[str] = ()) -> None:
         seed: decides the weights.
         words: more of the vocabulary.
     """
-    tokenizer = word_tokenizer(words)
+    tokenizer = tokenizer_of(
+        ["<unk>", *_words(), *words],
+        end="<|im_end|>",
+        template=TEMPLATE,
+        additional_special_tokens=["<|im_start|>"],
+    )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -163,24 +167,4 @@ def save_models(folder: Path, seed: int, words: Sequence[str] = ()) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2 * seed + number)
             model = LlamaForCausalLM(config)
-        model.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-        )
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-
-
-def word_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """One token a word, of these beside the ground's own; the template's control tokens are no words."""
-    numbers = {word: n for n, word in enumerate(dict.fromkeys(["<unk>", *_words(), *words]))}
-    inner = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        clean_up_tokenization_spaces=False,
-        chat_template=TEMPLATE,
-    )
+        save_model(model, tokenizer, folder / name)

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from experiments.grounds.mixture_models import (
     OneGaussianConfig,
@@ -22,6 +19,7 @@ from experiments.grounds.mixture_models import (
     TableConfig,
     TableModel,
 )
+from gadfly.demo.models import save_model, tokenizer_of
 from gadfly.stages.generate import named_models
 from gadfly.stages.run import Run
 from gadfly.statistics import mean
@@ -48,7 +46,7 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "data" / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    tokenizer = _tokenizer(classes)
+    tokenizer = tokenizer_of([*(f"c{place}" for place in range(classes)), *_SPECIAL])
     student = OneGaussianConfig(
         classes=classes,
         vocab_size=len(tokenizer),
@@ -56,12 +54,8 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
         initial_deviation=float(settings.get("initial_deviation", 0.25)),
     )
     table = TableConfig(vocab_size=len(tokenizer), hidden_size=len(tokenizer))
-    for name, model in (("student", OneGaussianForCausalLM(student)), ("discriminator", TableModel(table))):
-        model.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-        )
-        model.save_pretrained(folder / "models" / name)
-        tokenizer.save_pretrained(folder / "models" / name)
+    save_model(OneGaussianForCausalLM(student), tokenizer, folder / "models" / "student")
+    save_model(TableModel(table), tokenizer, folder / "models" / "discriminator")
 
 
 def measure(run: Run, settings: Mapping[str, Any]) -> None:
@@ -102,17 +96,3 @@ def teacher_shares(settings: Mapping[str, Any]) -> np.ndarray:
 def _kl(p: np.ndarray, q: np.ndarray) -> float:
     kept = p > 0
     return float(p[kept] @ (np.log(p[kept]) - np.log(np.maximum(q[kept], 1e-300))))
-
-
-def _tokenizer(classes: int) -> PreTrainedTokenizerFast:
-    words = [*(f"c{place}" for place in range(classes)), *_SPECIAL]
-    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        eos_token="<end>",
-        clean_up_tokenization_spaces=False,
-        chat_template="{{ messages | map(attribute='content') | join(' ') }}",
-    )

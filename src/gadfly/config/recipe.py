@@ -100,7 +100,8 @@ class EngineConfig(Section):
     """Keep no activations inside a layer for the backward pass, but compute them again there: a third more
     work, for memory that hardly grows with the number of layers."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
-    """Of several processes: how long one may keep the others waiting before the run ends, naming it."""
+    """Of several processes: how long one may keep the others waiting, without any progress of its own, before
+    the run ends, naming it."""
 
 
 class TrackersConfig(Section):

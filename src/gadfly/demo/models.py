@@ -2,7 +2,9 @@
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -18,6 +20,7 @@ from transformers import (
 
 from gadfly.demo.forgetful import ForgetfulConfig, ForgetfulForCausalLM
 from gadfly.demo.scripted_teacher import prompt, random_records, teacher_response, vocabulary
+from gadfly.models import save_language_model
 
 PROMPT_TOKENS = len(prompt(random_records(seed=0, count=1)[0]).split())
 """Tokens of every prompt: 13."""
@@ -72,11 +75,15 @@ def save_models(folder: Path, seed: int, *, memory_tokens: int = _MEMORY_TOKENS)
             "discriminator": LlamaForCausalLM(discriminator),
         }
     for name, model in models.items():
-        model.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-        )
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        save_model(model, tokenizer, folder / name)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a model whose turns end in the tokenizer's end token, and the tokenizer."""
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    save_language_model(model, tokenizer, folder)
 
 
 def save_rows(folder: Path, seed: int) -> None:
@@ -102,14 +109,33 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     The control tokens are no words of it, so the text `<end>` is unknown and does not end a turn
     where the tokenizer is told to split special tokens.
     """
-    words = {word: number for number, word in enumerate(["<unk>", *vocabulary()])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return tokenizer_of(["<unk>", *vocabulary()])
+
+
+def tokenizer_of(
+    words: Iterable[str],
+    *,
+    end: str = "<end>",
+    template: str = "{{ messages | map(attribute='content') | join(' ') }}",
+    **special: Any,
+) -> PreTrainedTokenizerFast:
+    """One token a word between white space.
+
+    Args:
+        words: the vocabulary, `<unk>` included; a word's place is its number.
+        end: what ends a turn; it and `<pad>` follow the words unless they are among them.
+        template: by default a conversation is rendered as its own text.
+        special: further special tokens, as the tokenizer takes them.
+    """
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    inner = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
+    inner.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=inner,
         unk_token="<unk>",
         pad_token="<pad>",
-        eos_token="<end>",
+        eos_token=end,
         clean_up_tokenization_spaces=False,
-        chat_template="{{ messages | map(attribute='content') | join(' ') }}",
+        chat_template=template,
+        **special,
     )
