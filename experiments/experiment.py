@@ -23,7 +23,7 @@ class Arm(_Table):
     """`gad`: the product with other settings. `dpo`: trl's DPO on a static snapshot. `imitate-lm`: SFT on
     samples of the discriminator's language model."""
     settings: list[str] = []
-    """`key=value` for the recipe of the main run."""
+    """`key=value` for the recipe of the main run; `{seed}` is the folder of the seed."""
     again: Literal["gad", "warmup"] = "gad"
     """The first stage that is done anew: `gad` starts from the main run's warmup."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments.arms import train_dpo, train_on_samples
 from experiments.experiment import FOLDER, Arm, Experiment
-from experiments.grounds import Ground, open_ground
+from experiments.grounds import Ground, open_ground, reward_functions
 from gadfly.recipe_file import load_recipe
 from gadfly.run_folder import RunFolder
 from gadfly.stages.pipeline import stage
@@ -24,7 +24,7 @@ from gadfly.stages.run import Run, open_run
 
 logger = logging.getLogger(__name__)
 
-_MAIN = ("seqkd", "warmup", "gad", "seqkd-equal-time", "generate")
+_MAIN = ("seqkd", "warmup", "gad", "seqkd-equal-time")
 
 
 def run_seed(
@@ -55,28 +55,29 @@ def run_seed(
     with open_run(load_recipe(place / "recipe.toml", own)) as run:
         if not run.folder.read_json("measured.json"):
             for stage_name in _MAIN:
-                stage(stage_name)(run)
+                if stage_name in experiment.models:
+                    stage(stage_name)(run)
+            stage("generate")(run)
             if experiment.tells:
                 stage("judge")(run)
             _measure(ground, run, ground_settings)
     for arm_name, arm in experiment.arms.items():
         where = place / "arms" / arm_name
-        recipe = load_recipe(
-            place / "recipe.toml", [*own, f'run_folder="{where}"', *arm.settings, *_start(place, arm)]
-        )
-        with open_run(recipe) as run:
+        recipe = load_recipe(place / "recipe.toml", [*own, *_settings(place, arm, where)])
+        with open_run(recipe, reward_functions=reward_functions(ground, recipe)) as run:
             if not RunFolder(where).read_json("measured.json"):
                 logger.info("%s, seed %d: %s", name, seed, arm_name)
                 _run_arm(arm, place, run, tells=experiment.tells)
                 _measure(ground, run, ground_settings)
 
 
-def _start(place: Path, arm: Arm) -> list[str]:
-    """Settings by which an arm takes over from the main run, and generates its own student alone."""
+def _settings(place: Path, arm: Arm, where: Path) -> list[str]:
+    """An arm's own, and by which it takes over from the main run, and generates its own student alone."""
+    own = [f'run_folder="{where}"', *(setting.replace("{seed}", str(place)) for setting in arm.settings)]
     if arm.kind != "gad":
-        return ['generate.checkpoints=["student"]']
+        return [*own, 'generate.checkpoints=["student"]']
     start = [f'gad.start_from="{place / "warmup" / "latest"}"'] if arm.again == "gad" else []
-    return ['generate.checkpoints=["gad"]', *start]
+    return [*own, *start, 'generate.checkpoints=["gad"]']
 
 
 def _run_arm(arm: Arm, place: Path, run: Run, *, tells: bool) -> None:

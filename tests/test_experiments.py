@@ -110,7 +110,7 @@ def test_the_mixture_runs_and_what_is_done_is_not_done_again(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["records", "memory", "stories"])
+@pytest.mark.parametrize("name", ["records", "memory", "instability", "stories"])
 def test_every_other_experiment_runs_at_its_smallest(name: str, tmp_path: Path) -> None:
     settings = load_experiment(name).ground_settings
     if "models" in settings and not (FOLDER.parent / str(settings["models"])).is_dir():

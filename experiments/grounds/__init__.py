@@ -5,6 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from gadfly.config import Recipe
+from gadfly.reward_functions import RewardFunction
 from gadfly.stages.run import Run
 
 
@@ -21,3 +23,11 @@ class Ground(Protocol):
 def open_ground(name: str) -> Ground:
     """The ground of a name."""
     return cast(Ground, import_module(f"experiments.grounds.{name}"))
+
+
+def reward_functions(ground: Ground, recipe: Recipe) -> dict[str, RewardFunction]:
+    """What a recipe's `gad.rewards` name, from the ground's own module."""
+    return {
+        name: getattr(ground, reward.function.rpartition(":")[2])
+        for name, reward in recipe.gad.rewards.items()
+    }

@@ -3,20 +3,36 @@
 The task is the demo's (`gadfly.demo`). Here the student's memory, the discriminator's size and the number
 of records may differ, and two more test sets leave what was trained on: `short` has records with three facts,
 where training has four or five; `unseen` has pairs of food and city that no training record has together.
+A second teacher is `sloppy`: it tells a fact twice in each of its answers.
 """
 
 import json
 import random
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gadfly.demo.demo import count_valid_answers
 from gadfly.demo.models import save_models
-from gadfly.demo.scripted_teacher import FIELDS, Record, prompt, random_records, teacher_response
+from gadfly.demo.scripted_teacher import (
+    FIELDS,
+    Record,
+    judge,
+    parse_prompt,
+    prompt,
+    random_records,
+    teacher_response,
+)
 from gadfly.stages.run import Run
+from gadfly.statistics import mean, share
 
+# Width and layers: about as many parameters as the student has, and three times as many as the usual one.
+_OTHER_DISCRIMINATORS = {"same-size": (32, 1), "larger": (96, 3)}
+# Metrics of gad's steps of which the last ones' mean is a figure.
+_TRAINING = ("discriminator/accuracy", "detail/score_rms")
+_LAST_STEPS = 30
 # Of the 64 pairs of food and city, those that training never shows.
 _UNSEEN_PAIRS = 8
 
@@ -25,8 +41,17 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
     """Write rows and models.
 
     Settings: `records` to train on, `held_out` in every other set, `memory_tokens` of the student.
+
+    Beside the discriminator there are `same-size`, of the student's size, and `larger`; beside the training
+    rows there are `two-teachers`, where a sloppy one answers too.
     """
-    save_models(folder / "models", seed, memory_tokens=int(settings.get("memory_tokens", 6)))
+    memory = int(settings.get("memory_tokens", 6))
+    save_models(folder / "models", seed, memory_tokens=memory)
+    for name, (size, layers) in _OTHER_DISCRIMINATORS.items():
+        other = folder / "models-other"
+        save_models(other, seed, discriminator_size=size, discriminator_layers=layers)
+        (other / "discriminator").rename(folder / "models" / name)
+        shutil.rmtree(other)
     count, held = int(settings.get("records", 4096)), int(settings.get("held_out", 512))
     # An eighth of all pairs is unseen, of the three quarters of records that have both facts.
     seen, unseen = _split(random_records(seed, count + 12 * held))
@@ -42,12 +67,40 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
     for name, records in sets.items():
         with (folder / "data" / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(_lines(name, records, rng))
+    _add_sloppy_teacher(folder / "data", seed)
+
+
+def valid(prompt: str, responses: Sequence[str], teachers: Sequence[str]) -> list[float]:
+    """1 for an answer that the teacher could have given: the oracle as a reward, for arms to name."""
+    del teachers
+    return [float(judge(parse_prompt(prompt), response).valid) for response in responses]
+
+
+def once(prompt: str, responses: Sequence[str], teachers: Sequence[str]) -> list[float]:
+    """1 for an answer that tells no fact twice: a part of what the oracle knows."""
+    del teachers
+    return [float(judge(parse_prompt(prompt), response).why != "repeated") for response in responses]
 
 
 def measure(run: Run, settings: Mapping[str, Any]) -> None:
-    """Let the oracle count valid answers, and their variety."""
+    """Let the oracle count valid answers, those that tell a fact twice, and the answers' variety.
+
+    Of what gad trained, `training` has means of its last steps.
+    """
     del settings
     count_valid_answers(run.folder)
+    for file in sorted((run.folder.path / "generations").glob("*.jsonl")):
+        rows = run.folder.rows(f"generations/{file.name}")
+        for model in dict.fromkeys(row["model"] for row in rows):
+            texts = [(row["prompt"], row["response"]) for row in rows if row["model"] == model]
+            repeated = share([judge(parse_prompt(asked), text).why == "repeated" for asked, text in texts])
+            figures = {file.stem: {"repeated_fraction": repeated.as_record()}}
+            run.folder.update_summary("evaluation", {model: figures})
+    rows = [row for row in run.folder.rows("metrics.jsonl") if row["stage"] == "gad"]
+    steps = [row for row in rows if _TRAINING[0] in row][-_LAST_STEPS:]
+    if steps:
+        training = {name: mean([row[name] for row in steps]).as_record() for name in _TRAINING}
+        run.folder.update_summary("evaluation", {"gad": {"training": training}})
 
 
 def _split(records: list[Record]) -> tuple[list[Record], list[Record]]:
@@ -69,5 +122,18 @@ def _shortened(record: Record, rng: random.Random) -> Record:
 
 def _lines(name: str, records: list[Record], rng: random.Random) -> Iterator[str]:
     for number, record in enumerate(records):
-        row = {"id": f"{name}-{number:04d}", "prompt": prompt(record)}
+        row = {"id": f"{name}-{number:04d}", "prompt": prompt(record), "teacher": "careful"}
         yield json.dumps({**row, "response": teacher_response(record, rng)}) + "\n"
+
+
+def _add_sloppy_teacher(data: Path, seed: int) -> None:
+    """Write the training rows with two answers each: the teacher's, and it with a sentence said twice."""
+    rng = random.Random(f"sloppy {seed}")
+    with (data / "two-teachers.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            sentences = [f"{text} ." for text in row.pop("response").removesuffix(" .").split(" . ")]
+            slip = sentences.copy()
+            slip.insert(rng.randrange(1, len(slip)), rng.choice(sentences))
+            row |= {"responses": [" ".join(sentences), " ".join(slip)], "teacher": ["careful", "sloppy"]}
+            file.write(json.dumps(row) + "\n")

@@ -36,11 +36,25 @@ _MEMORY_TOKENS = 6
 _INITIALIZER_RANGE = 0.07
 
 
-def save_models(folder: Path, seed: int, *, memory_tokens: int = _MEMORY_TOKENS) -> None:
+def save_models(
+    folder: Path,
+    seed: int,
+    *,
+    memory_tokens: int = _MEMORY_TOKENS,
+    discriminator_size: int = 64,
+    discriminator_layers: int = 2,
+) -> None:
     """Write `student` and `discriminator` into `folder`, in random weights that follow from `seed`.
 
     The student (20,320 parameters) sees the record and its own last `memory_tokens`; the discriminator
-    (114,496) sees the whole text. Torch's own random state stays as it was.
+    (114,496 at its default size) sees the whole text. Torch's own random state stays as it was.
+
+    Args:
+        folder: where to.
+        seed: of the weights.
+        memory_tokens: of the student.
+        discriminator_size: width of its hidden states, a multiple of 16; its MLP is three times as wide.
+        discriminator_layers: how many.
     """
     tokenizer = word_tokenizer()
     shared = {
@@ -62,10 +76,10 @@ def save_models(folder: Path, seed: int, *, memory_tokens: int = _MEMORY_TOKENS)
         **shared,
     )
     discriminator = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        hidden_size=discriminator_size,
+        intermediate_size=3 * discriminator_size,
+        num_hidden_layers=discriminator_layers,
+        num_attention_heads=discriminator_size // 16,
         **shared,
     )
     with torch.random.fork_rng(devices=[]):
