@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.experiment import FOLDER, load_experiment, names
 from gadfly.console import show_logs
-from gadfly.errors import GadflyError
+from gadfly.errors import ConfigError, GadflyError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,6 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", help="which; without it, all are listed")
     parser.add_argument("--seeds", type=int, help="how many (default: as the experiment has it)")
     parser.add_argument("--first", type=int, default=1, help="the first of them; 0 is for tuning")
+    parser.add_argument("--arms", type=_names, help="only these, as in dpo,oracle (default: all)")
     parser.add_argument("--folder", type=Path, default=FOLDER.parent / "runs" / "experiments")
     parser.add_argument("--quick", action="store_true", help="try that everything runs, at tiny sizes")
     parser.add_argument("--pages", action="store_true", help="write results and pages of what is there")
@@ -33,8 +34,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _run(options: argparse.Namespace) -> None:
     experiment = load_experiment(options.name)
+    if unknown := set(options.arms or ()) - experiment.arms.keys():
+        raise ConfigError(
+            f"--arms: {options.name} has no {', '.join(sorted(unknown))}; it has {', '.join(experiment.arms)}"
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     show_logs()
     # After the libraries' progress bars are quieted, which they settle when they are imported.
@@ -48,7 +57,7 @@ def _run(options: argparse.Namespace) -> None:
     count = options.seeds or (1 if options.quick else experiment.seeds)
     if not options.pages:
         for seed in range(options.first, options.first + count):
-            run_seed(options.name, experiment, folder, seed, settings, ground)
+            run_seed(options.name, experiment, folder, seed, settings, ground, options.arms)
     results = collect_results(options.name, experiment, folder, settings)
     # A quick run shows nothing, so nothing is kept of it but what it printed.
     sys.stdout.write(write_pages(options.name, experiment, results, is_kept=not options.quick))

@@ -34,6 +34,7 @@ def run_seed(
     seed: int,
     settings: Sequence[str],
     ground_settings: Mapping[str, Any],
+    arms: Sequence[str] | None = None,
 ) -> None:
     """Run everything of one seed that is missing.
 
@@ -44,6 +45,7 @@ def run_seed(
         seed: of data, models and samples.
         settings: more `key=value` for every run.
         ground_settings: what the ground makes of data and models.
+        arms: only these beside the main run. Default: all.
     """
     place = folder.resolve() / f"seed-{seed}"
     ground = open_ground(experiment.ground)
@@ -61,7 +63,8 @@ def run_seed(
             if experiment.tells:
                 stage("judge")(run)
             _measure(ground, run, ground_settings)
-    for arm_name, arm in experiment.arms.items():
+    for arm_name in experiment.arms if arms is None else arms:
+        arm = experiment.arms[arm_name]
         where = place / "arms" / arm_name
         recipe = load_recipe(place / "recipe.toml", [*own, *_settings(place, arm, where)])
         with open_run(recipe, reward_functions=reward_functions(ground, recipe)) as run:
@@ -84,7 +87,7 @@ def _run_arm(arm: Arm, place: Path, run: Run, *, tells: bool) -> None:
     if arm.kind == "gad":
         for name in ("warmup", "gad") if arm.again == "warmup" else ("gad",):
             stage(name)(run)
-    else:
+    elif not (run.folder.path / "student").exists():
         train = train_dpo if arm.kind == "dpo" else train_on_samples
         began = time.perf_counter()
         train(run, place)

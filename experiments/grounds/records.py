@@ -14,6 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.ranking import in_group_ranking
+from gadfly.checkpoint import latest_checkpoint
+from gadfly.dataset import load_rows
 from gadfly.demo.demo import count_valid_answers
 from gadfly.demo.models import save_models
 from gadfly.demo.scripted_teacher import (
@@ -25,6 +28,8 @@ from gadfly.demo.scripted_teacher import (
     random_records,
     teacher_response,
 )
+from gadfly.groups import Branch
+from gadfly.records import Row
 from gadfly.stages.run import Run
 from gadfly.statistics import mean, share
 
@@ -33,6 +38,7 @@ _OTHER_DISCRIMINATORS = {"same-size": (32, 1), "larger": (96, 3)}
 # Metrics of gad's steps of which the last ones' mean is a figure.
 _TRAINING = ("discriminator/accuracy", "detail/score_rms")
 _LAST_STEPS = 30
+_RANKED_PROMPTS = 128
 # Of the 64 pairs of food and city, those that training never shows.
 _UNSEEN_PAIRS = 8
 
@@ -85,7 +91,8 @@ def once(prompt: str, responses: Sequence[str], teachers: Sequence[str]) -> list
 def measure(run: Run, settings: Mapping[str, Any]) -> None:
     """Let the oracle count valid answers, those that tell a fact twice, and the answers' variety.
 
-    Of what gad trained, `training` has means of its last steps.
+    Of what warmup and gad trained, `ranking/in_group` says how the discriminator that it ended with ranks its
+    samples; of gad, `training` has means of its last steps.
     """
     del settings
     count_valid_answers(run.folder)
@@ -101,6 +108,19 @@ def measure(run: Run, settings: Mapping[str, Any]) -> None:
     if steps:
         training = {name: mean([row[name] for row in steps]).as_record() for name in _TRAINING}
         run.folder.update_summary("evaluation", {"gad": {"training": training}})
+    evaluated = run.folder.read_json("summary.json")["evaluation"]
+    for stage in ("warmup", "gad"):
+        checkpoint = latest_checkpoint(run.folder.stage(stage))
+        if stage in evaluated and checkpoint is not None:
+            asked = load_rows(run.recipe.data.test["test"], needs_response=True).rows[:_RANKED_PROMPTS]
+            ranked = in_group_ranking(run, checkpoint.path, asked, _is_valid)
+            if ranked and ranked.n > 1:
+                ranking = {"ranking": {"in_group": ranked.as_record()}}
+                run.folder.update_summary("evaluation", {stage: ranking})
+
+
+def _is_valid(row: Row, branch: Branch) -> bool:
+    return branch.finished and judge(parse_prompt(row.prompt), branch.text).valid
 
 
 def _split(records: list[Record]) -> tuple[list[Record], list[Record]]:
