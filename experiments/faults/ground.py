@@ -120,6 +120,12 @@ def write_rows(path: Path, some: Sequence[Row]) -> Path:
     return path
 
 
+def stored_rows(folder: Path, name: str = "train") -> list[Row]:
+    """The rows of a set of a prepared folder."""
+    lines = (folder / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def _row(id_: str, name: str, job: str, city: str, rng: random.Random) -> Row:
     told = [habit.format(name=name, city=city) for habit in rng.sample(_HABITS, rng.choice((1, 2, 3)))]
     return {

@@ -1,6 +1,5 @@
 """Every fault there is, in the order of the table."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,12 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from experiments.faults.course import COURSE_FAULTS, FROZEN
 from experiments.faults.fault import Fault
 from experiments.faults.ground import (
     TEMPLATE,
     THOUGHT,
-    Row,
     save_models,
+    stored_rows,
     write_rows,
 )
 from experiments.faults.wrapped import (
@@ -30,27 +30,23 @@ from experiments.faults.wrapped import (
 from gadfly.checkpoint import save_checkpoint
 
 _SPOILED_AT = 7
-# A discriminator that stands still: its turn never comes.
-_FROZEN = ("gad.discriminator_every=1000000", "gad.kl_coefficient=0.0", "gad.learning_rate=3e-3")
-
-
-def _rows(folder: Path, name: str = "train") -> list[Row]:
-    lines = (folder / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+_EXPLOITED = (*FROZEN, "gad.learning_rate=3e-3")
 
 
 def _answers(change: Callable[[str], str]) -> Callable[[Path], None]:
     """The teacher's answers to all training questions, changed."""
 
     def plant(folder: Path) -> None:
-        changed = [row | {"response": change(row["response"])} for row in _rows(folder)]
+        changed = [row | {"response": change(row["response"])} for row in stored_rows(folder)]
         write_rows(folder / "data" / "train.jsonl", changed)
 
     return plant
 
 
 def _without_end(folder: Path) -> None:
-    write_rows(folder / "data" / "train.jsonl", [row | {"finish_reason": "length"} for row in _rows(folder)])
+    write_rows(
+        folder / "data" / "train.jsonl", [row | {"finish_reason": "length"} for row in stored_rows(folder)]
+    )
 
 
 def _other_end(folder: Path) -> None:
@@ -64,7 +60,7 @@ def _other_end(folder: Path) -> None:
 
 
 def _slipped(folder: Path) -> None:
-    own = _rows(folder)
+    own = stored_rows(folder)
     write_rows(
         folder / "data" / "train.jsonl",
         [row | {"response": own[number - 1]["response"]} for number, row in enumerate(own)],
@@ -75,8 +71,8 @@ def _in_both(name: str) -> Callable[[Path], None]:
     """Training questions, in another case, in a set that is not trained on."""
 
     def plant(folder: Path) -> None:
-        leaked = [row | {"id": f"again-{row['id']}"} for row in _rows(folder)[:4]]
-        write_rows(folder / "data" / f"{name}.jsonl", [*_rows(folder, name), *leaked])
+        leaked = [row | {"id": f"again-{row['id']}"} for row in stored_rows(folder)[:4]]
+        write_rows(folder / "data" / f"{name}.jsonl", [*stored_rows(folder, name), *leaked])
 
     return plant
 
@@ -113,7 +109,7 @@ def _random_head(folder: Path) -> None:
 def _no_full_stop(folder: Path) -> None:
     """The teacher writes no full stop, as the student has learnt to."""
     for name in ("train", "valid"):
-        changed = [row | {"response": row["response"].replace(" .", "")} for row in _rows(folder, name)]
+        changed = [row | {"response": row["response"].replace(" .", "")} for row in stored_rows(folder, name)]
         write_rows(folder / "data" / f"{name}.jsonl", changed)
 
 
@@ -213,7 +209,7 @@ FAULTS = (
         "alarm",
         "collapse",
         30,
-        settings=_FROZEN,
+        settings=_EXPLOITED,
         around=lambda: prejudice(by_one_word),
         beside=("fooled", "repetition"),
     ),
@@ -223,7 +219,7 @@ FAULTS = (
         "alarm",
         "collapse",
         20,
-        settings=_FROZEN,
+        settings=_EXPLOITED,
         around=lambda: prejudice(by_brevity),
         beside=("fooled",),
     ),
@@ -233,7 +229,7 @@ FAULTS = (
         "alarm",
         "length-runaway",
         20,
-        settings=(*_FROZEN, "sampling.max_response_tokens=80"),
+        settings=(*_EXPLOITED, "sampling.max_response_tokens=80"),
         around=lambda: prejudice(by_length),
         beside=("ends-differ", "fooled", "repetition", "drift"),
     ),
@@ -245,5 +241,6 @@ FAULTS = (
         _SPOILED_AT,
         around=lambda: spoiled_gradient(_SPOILED_AT),
     ),
+    *COURSE_FAULTS,
 )
 """All faults."""

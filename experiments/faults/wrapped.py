@@ -1,9 +1,10 @@
 """Objects of a stage with a fault in them: a sampler, a model, a reader of scores.
 
-Each is planted where `stages/roles.py` opens it, and taken out again.
+Each is planted where a stage opens it, and taken out again.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -14,12 +15,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gadfly.chat_template import Renderer
-from gadfly.discriminator import Scores, read_scores
+from gadfly.discriminator import Discriminator, Probe, Scores, load_unchecked, read_scores
+from gadfly.groups import Group
 from gadfly.models import load_language_model
 from gadfly.packing import MicroBatch
 from gadfly.samplers import Sample, Sampler
 from gadfly.samplers.sampler import Request
 from gadfly.stages import roles
+from gadfly.stages.diagnostics import Metrics
+from gadfly.stages.examples import Example
+from gadfly.stages.rewards import Rewards
+from gadfly.stages.run import Run
 from gadfly.stages.sampler_choice import open_sampler
 
 
@@ -73,6 +79,35 @@ def spoiled_gradient(at: int) -> AbstractContextManager[object]:
         weight.register_hook(lambda gradient: gradient * torch.nan if next(calls) == at else None)
 
     return _students(spoil)
+
+
+def turned_gradient() -> AbstractContextManager[object]:
+    """The discriminator is taught to score the student's samples above the teacher's."""
+
+    def opened(*arguments: Any, **rest: Any) -> tuple[Discriminator, Renderer, Probe]:
+        model, renderer, probe = load_unchecked(*arguments, **rest)
+        for weight in model.parameters():
+            weight.register_hook(torch.neg)
+        return model, renderer, probe
+
+    return patch.object(roles, "load_unchecked", opened)
+
+
+def turning_reward(steps: int) -> AbstractContextManager[object]:
+    """After so many steps what was better is worse, after as many again it is better, and so on."""
+
+    class Turning(Rewards):
+        def __init__(self, run: Run):
+            super().__init__(run)
+            self._calls = itertools.count()
+
+        def __call__(
+            self, scores: Tensor, batch: Sequence[Example], groups: Sequence[Group]
+        ) -> tuple[Tensor, Metrics]:
+            advantages, shares = super().__call__(scores, batch, groups)
+            return (-advantages if next(self._calls) // steps % 2 else advantages), shares
+
+    return patch("gadfly.stages.gad.Rewards", Turning)
 
 
 def scored(read: Callable[[nn.Module, MicroBatch], Scores]) -> AbstractContextManager[object]:

@@ -72,6 +72,8 @@ class Engine(Generic[Output]):
         self._processes = processes or Processes()
         self._reading = Reading(model)
         self._adamw: torch.optim.AdamW | None = None
+        # Prompts of the last backward pass, to name them should its gradient be no number.
+        self._asked: list[str] = []
         if optimizer is None:
             model.requires_grad_(False)
         if recomputes and optimizer is not None:
@@ -114,6 +116,7 @@ class Engine(Generic[Output]):
             AlarmError: if the loss is not finite; nothing has been updated, and the gradients are forgotten.
         """
         assert self._adamw is not None, "a model that is only read has no gradients"
+        self._asked = [group.id for group in groups]
         pieces: list[tuple[MicroBatch, Output]] = []
         total, spoiled = 0.0, []
         for batch in self._passes(groups):
@@ -145,7 +148,9 @@ class Engine(Generic[Output]):
         norm = float(whole(nn.utils.clip_grad_norm_(self._trained(), self._settings.max_grad_norm)))
         if not math.isfinite(norm):
             self._adamw.zero_grad()
-            raise AlarmError(f"the gradient norm is {norm}; nothing was updated")
+            raise AlarmError(
+                f"the gradient norm is {norm} (batch of the prompts {few(self._asked)}); nothing was updated"
+            )
         return norm
 
     def step(self, learning_rate: float) -> None:

@@ -1,0 +1,146 @@
+"""Going back in gad: a real run drifts away, is taken up again from before that, and ends with the remedy."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gadfly.checkpoint import checkpoint_steps
+from gadfly.metrics import without_time
+from gadfly.recipe_file import load_recipe
+from gadfly.run_folder import RunFolder
+from gadfly.stages.gad import gad
+from gadfly.stages.run import open_run
+from gadfly.stages.warmup import warmup
+
+SOURCES = Path(__file__).resolve().parents[1] / "src"
+STEPS = 10
+# At this rate the student is nats away within steps; at half of it, with ten times the pull back, it stays.
+DRIFTING = (
+    "gad.learning_rate=2e-1",
+    "gad.kl_coefficient=0.03",
+    f"gad.max_steps={STEPS}",
+    "gad.evaluate_every=100",
+    "gad.save_every=1",
+    "gad.replay=2",
+    "checkpoints.keep_last=20",
+    "alarms.window=8",
+    "alarms.actions.drift=roll_back",
+)
+
+# Two of the checkpoints of the drift are gone when the process is killed.
+KILLED_ON_THE_WAY_BACK = """
+import os, shutil, signal, sys
+from pathlib import Path
+from gadfly.recipe_file import load_recipe
+from gadfly.stages.gad import gad
+from gadfly.stages.run import open_run
+
+delete, deleted = shutil.rmtree, []
+
+def deleting(path, *rest, **named):
+    delete(path, *rest, **named)
+    if (Path(path).parent / "remedies.jsonl").exists():
+        deleted.append(path)
+    if len(deleted) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+shutil.rmtree = deleting
+with open_run(load_recipe(Path(sys.argv[1]), sys.argv[2:])) as run:
+    gad(run)
+"""
+
+
+def settings(folder: Path, *more: str) -> list[str]:
+    return [f"run_folder={folder / 'run'}", f"gad.start_from={folder.parent / 'start'}", *DRIFTING, *more]
+
+
+def run_gad(recipe: Path, folder: Path, *more: str) -> Path:
+    with open_run(load_recipe(recipe, settings(folder, *more))) as run:
+        gad(run)
+    return folder / "run"
+
+
+def kept(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Every tensor of every checkpoint of gad, by file."""
+    files = sorted((run / "gad").glob("step-*/**/*.safetensors"))
+    return {str(file.relative_to(run)): load_file(file) for file in files}
+
+
+def told(run: Path) -> dict[str, Any]:
+    """What must not depend on how often a run was stopped."""
+    folder = RunFolder(run)
+    return {
+        "metrics": [without_time(row) for row in folder.rows("metrics.jsonl")],
+        "samples": folder.rows("samples.jsonl"),
+        "alarms": folder.rows("alarms.jsonl"),
+        "remedies": folder.rows("gad/remedies.jsonl"),
+        "kept": checkpoint_steps(run / "gad"),
+        "replay": [file.read_text() for file in sorted((run / "gad").glob("step-*/trainer/replay.jsonl"))],
+        "stage": {**folder.read_json("gad/stage.json"), "seconds": None},
+    }
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture
+def ground(recipe_file: Path, tmp_path: Path) -> Path:
+    """Where runs of gad lie beside the checkpoint they start from."""
+    with open_run(load_recipe(recipe_file, [f"run_folder={tmp_path / 'before'}"])) as run:
+        warmup(run)
+    (tmp_path / "start").symlink_to((tmp_path / "before" / "warmup" / "latest").resolve())
+    return tmp_path
+
+
+def test_gad_goes_back_to_the_newest_checkpoint_before_the_fault_and_a_kill_on_the_way_changes_no_tensor(
+    recipe_file: Path, ground: Path
+) -> None:
+    undisturbed = run_gad(recipe_file, ground / "undisturbed")
+    found = told(undisturbed)
+    (remedy,) = found["remedies"]
+    assert (remedy["name"], remedy["stage"], remedy["is_done"]) == ("drift", "gad", True)
+    # Half a window, and the drift was not there from the start.
+    assert 1 < remedy["since"] == remedy["step"] - 3
+    assert remedy["changes"] == {"gad.kl_coefficient": 0.3, "gad.learning_rate": 0.1}
+    # Saved at every step: no other is as new and from before the first of the evidence.
+    assert remedy["back_to"] == remedy["since"] - 1
+
+    trained = [row for row in found["metrics"] if "student/loss" in row]
+    assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
+    rates = {row["step"]: row["detail/learning_rate"] for row in trained}
+    assert {rates[step] for step in range(1, remedy["back_to"] + 1)} == {2e-1}
+    assert {rates[step] for step in range(remedy["back_to"] + 1, STEPS + 1)} == {1e-1}
+    assert not [row for row in found["alarms"] if row["name"] == "drift"]
+    assert found["kept"] == list(range(1, STEPS + 1))
+    assert found["stage"]["done"]
+    assert found["stage"]["settings"]["gad"]["learning_rate"] == 2e-1, "the stage is that of the recipe"
+
+    killed = ground / "killed"
+    (ground / "program.py").write_text(KILLED_ON_THE_WAY_BACK, encoding="utf-8")
+    command = [sys.executable, str(ground / "program.py"), str(recipe_file), *settings(killed)]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES)}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    left = told(killed / "run")
+    assert not left["remedies"][0]["is_done"]
+    assert remedy["back_to"] < max(left["kept"]) < remedy["step"] - 1, "it was amid the way back"
+    (alarm,) = [row for row in left["alarms"] if row["name"] == "drift"]
+    assert (alarm["action"], alarm["step"], alarm["since"]) == ("roll_back", remedy["step"], remedy["since"])
+    drifted, mended = kept(killed / "run"), kept(undisturbed)
+    assert {name for name in drifted if not same(drifted[name], mended[name])} >= {
+        f"gad/step-{max(left['kept']):06d}/{role}/model.safetensors" for role in ("student", "discriminator")
+    }
+
+    run_gad(recipe_file, killed)
+    assert told(killed / "run") == found
+    again = kept(killed / "run")
+    assert again.keys() == mended.keys()
+    assert all(same(again[name], tensors) for name, tensors in mended.items())
