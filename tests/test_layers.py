@@ -65,6 +65,8 @@ LAYERS = (
         "row_formats",
         "row_sources",
         "run_folder",
+        "run_files",
+        "stored_json",
         "shared_run_folder",
         "processes",
         "model_identity",

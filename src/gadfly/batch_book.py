@@ -2,19 +2,36 @@
 
 import hashlib
 import json
+import re
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from types import NoneType
 from typing import Any
 
 from gadfly.chat_request import ChatRequest, Question
 from gadfly.errors import RunFolderError, UserError
 from gadfly.records import Message
 from gadfly.run_folder import Record, RunFolder, write_text
+from gadfly.stored_json import Kind, check_fields
 
 _FOLDER = "collect"
 BOOK_FILE = f"{_FOLDER}/batches.json"
+
+_NAME = re.compile(r"[0-9a-f]+(-[0-9a-f]+)?")
+_BATCH: dict[str, Kind] = {
+    "questions": int,
+    **dict.fromkeys(("name", "cap_name"), str),
+    "noted_at": float,
+    **dict.fromkeys(("file_id", "batch_id"), (str, NoneType)),
+}
+_SUBMISSION: dict[str, Kind] = {
+    **dict.fromkeys(("about", "parameters"), dict),
+    "model": str,
+    "messages": list,
+    **dict.fromkeys(("sample_index", "attempts"), int),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,10 @@ class BatchBook:
             RunFolderError: the book or the questions of a batch are not as they were written.
         """
         self._folder = folder
-        self.open = [self._read(noted) for noted in folder.read_json(BOOK_FILE).get("batches", [])]
+        noted = folder.read_json(BOOK_FILE).get("batches", [])
+        if not isinstance(noted, list):
+            raise self._spoilt("batches is no list")
+        self.open = [self._read(batch) for batch in noted]
         noted_files = {folder.path / batch.questions_file for batch in self.open}
         for path in (folder.path / _FOLDER).glob("batch-*.jsonl"):
             if path not in noted_files:
@@ -118,10 +138,14 @@ class BatchBook:
 
     def _read(self, noted: Any) -> OpenBatch:
         try:
+            check_fields(noted, _BATCH)
+            # It becomes the name of a file, which is removed in the end.
+            if not _NAME.fullmatch(noted["name"]):
+                raise ValueError(f"name = {noted['name']!r:.80}: not one of ours")
             num_questions = noted.pop("questions")
             batch = OpenBatch(**noted)
             submissions = [_submission(row) for row in self._folder.rows(batch.questions_file)]
-        except (AttributeError, KeyError, TypeError) as wrong:
+        except (KeyError, TypeError, ValueError) as wrong:
             raise self._spoilt(f"not as it was written ({wrong})") from None
         batch.submissions = {submission.question.request.key: submission for submission in submissions}
         if len(batch.submissions) != num_questions:
@@ -175,6 +199,9 @@ def _row(submission: Submission) -> Record:
 
 
 def _submission(row: Record) -> Submission:
+    check_fields(row, _SUBMISSION)
+    for turn in row["messages"]:
+        check_fields(turn, {"role": str, "content": str}, "messages.")
     messages = tuple(Message(turn["role"], turn["content"]) for turn in row["messages"])
     request = ChatRequest(row["model"], messages, row["parameters"], row["sample_index"])
     return Submission(Question(request, row["about"]), row["attempts"])

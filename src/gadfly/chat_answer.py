@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from openai.types.chat import ChatCompletion
 
-from gadfly.spending import NOTHING, Usage
+from gadfly.spending import NOTHING, Usage, is_count
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def answer_of(content: object, request_id: str | None, attempts: int) -> ChatAns
         error = getattr(content, "error", None)
         raise RequestFailed("no-choice", f"the answer holds no choice{f', but {error}' if error else ''}")
     counted = [getattr(content.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    prompt, completion = (count if isinstance(count, int) and count >= 0 else None for count in counted)
+    prompt, completion = (count if is_count(count) else None for count in counted)
     return ChatAnswer(
         text=_text(message, "content") or _parts(message),
         finish_reason=_text(choice, "finish_reason"),

@@ -10,6 +10,7 @@ is told `PROMPT_DATE`, whatever the day.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -51,6 +52,10 @@ _FIXED_DATE = (
 
 # Stands for an answer where a template is asked what it writes after one.
 _ANSWER = "gadfly"
+
+# A token that marks a turn, and one that is part of an answer although templates write it as well.
+_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_THOUGHT = re.compile(r"</?(think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
 
 # What the tokenizer writes for bytes that are no UTF-8.
 _REPLACEMENT = "\ufffd"
@@ -145,7 +150,27 @@ def load_renderer(tokenizer: PreTrainedTokenizerBase, generation_config: Generat
         logger.warning("%s has no chat template; the plain one is used", tokenizer.name_or_path)
         adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
+    _make_turn_marks_special(tokenizer)
     return Renderer(tokenizer, end_ids, _turn_end(tokenizer, end_ids))
+
+
+def _make_turn_marks_special(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the tokenizer know the marks that its template writes around turns as control tokens.
+
+    Some tokenizers hold them for words of their vocabulary, as DeepSeek's do: an answer that spells
+    one would have its token, and begin a turn of its own.
+    """
+    turns = [{"role": role, "content": _ANSWER} for role in ("user", "assistant", "user")]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception:
+        # Some templates allow fewer turns; then there is nothing to go by.
+        return
+    known = set(tokenizer.all_special_tokens)
+    marks = [token for token in tokenizer.get_added_vocab() if token in text and token not in known]
+    marks = [token for token in marks if _MARK.fullmatch(token) and not _THOUGHT.fullmatch(token)]
+    if marks:
+        tokenizer.add_special_tokens({"additional_special_tokens": marks}, replace_extra_special_tokens=False)
 
 
 def _end_ids(

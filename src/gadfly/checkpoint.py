@@ -26,6 +26,7 @@ from gadfly.errors import CheckpointError, RunFolderError
 from gadfly.late_files import await_files, sizes
 from gadfly.processes import Processes
 from gadfly.run_folder import hash_file, write_text
+from gadfly.stored_json import check_fields, parse_object
 
 _MANIFEST = "manifest.json"
 
@@ -171,12 +172,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: naming the file that is missing or altered.
     """
-    path = path.resolve()
-    if not path.is_dir():
+    try:
+        path = path.resolve()
+        is_there = path.is_dir()
+    # A link to itself, a name too long, a null byte.
+    except (OSError, RuntimeError, ValueError):
+        is_there = False
+    if not is_there:
         raise CheckpointError(f"{path}: no such checkpoint; give a folder such as RUN/gad/step-000400")
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        listed, step, facts = dict(manifest["files"]), int(manifest["step"]), dict(manifest["facts"])
+        manifest = parse_object((path / _MANIFEST).read_bytes())
+        check_fields(manifest, {"files": dict, "step": int, "facts": dict})
     except FileNotFoundError:
         raise CheckpointError(
             f"{path / _MANIFEST}: missing, so this is no whole checkpoint{_way_out(path)}"
@@ -185,12 +191,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path / _MANIFEST}: cannot be read: {failure.strerror}{_way_out(path)}"
         ) from None
-    except (ValueError, KeyError, TypeError) as invalid:
+    except ValueError as invalid:
         raise CheckpointError(f"{path / _MANIFEST}: not a manifest ({invalid}){_way_out(path)}") from None
+    listed, step, facts = manifest["files"], manifest["step"], manifest["facts"]
     for name, digest in listed.items():
         file = path / name
-        if "\0" in name or not file.resolve().is_relative_to(path):
-            raise CheckpointError(f"{path / _MANIFEST}: lists {name!r}, outside the folder; do not use it")
+        if not _is_inside(path, name):
+            raise CheckpointError(
+                f"{path / _MANIFEST}: lists {name!r:.200}, outside the folder; do not use it"
+            )
         if not file.is_file():
             raise CheckpointError(f"{file}: missing, so the checkpoint is incomplete{_way_out(path)}")
         if hash_file(file) != digest:
@@ -200,6 +209,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if file.relative_to(path).as_posix() not in listed:
             raise CheckpointError(f"{file}: not saved with this checkpoint; remove it")
     return Checkpoint(path, step, facts, _digest(listed))
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether a name, with all links followed, is a path within a folder, or may become one."""
+    try:
+        file = (folder / name).resolve()
+        file.is_file()
+    # A link to itself, a name too long, a null byte, half a character.
+    except (OSError, RuntimeError, ValueError):
+        return False
+    return file.is_relative_to(folder)
 
 
 def _way_out(path: Path) -> str:

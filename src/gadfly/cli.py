@@ -260,7 +260,8 @@ def _options(
 def _say(text: str) -> None:
     """Print a result: of many processes, the first one speaks."""
     if _is_first():
-        typer.echo(text)
+        # A recipe's names and paths are in it.
+        typer.echo(visible(text))
 
 
 def _is_first() -> bool:

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from gadfly.chat_request import ChatRequest, Question, parameters_of
 from gadfly.config import Recipe
 from gadfly.dataset import Dataset, gather, load_rows
+from gadfly.paid_answers import answers_of
 from gadfly.records import Message, Row
 from gadfly.run_folder import RunFolder
 
@@ -40,7 +41,7 @@ def collected(recipe: Recipe, folder: RunFolder) -> Dataset | None:
         DataError: no answer can be used.
     """
     path = folder.path / TEACHER_FILE
-    rows = folder.rows(TEACHER_FILE)
+    rows = answers_of(folder, TEACHER_FILE)
     if not rows:
         return None
     numbered = [(str(path), line, row) for line, row in enumerate(rows, start=1)]

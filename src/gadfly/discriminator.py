@@ -25,6 +25,7 @@ from gadfly.groups import Branch, Group
 from gadfly.lora import SharedBase
 from gadfly.models import open_pretrained
 from gadfly.packing import MicroBatch, micro_batches
+from gadfly.stored_json import parse_object
 
 _HEAD_FILE = "score_head.safetensors"
 _PROBE_FILE = "probe.json"
@@ -242,11 +243,12 @@ def load_unchecked(
     model = Discriminator(backbone, seed=0).eval()
     try:
         model.score_head.load_state_dict(load_file(folder / _HEAD_FILE))
-        stored = json.loads((folder / _PROBE_FILE).read_text(encoding="utf-8"))
+        stored = parse_object((folder / _PROBE_FILE).read_bytes())
         groups = _probe_groups(stored["texts"], stored["tokens"])
-        probe = Probe(folder, groups, tuple(stored["scores"]), stored["dtype"])
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as failure:
-        reason = str(failure).splitlines()[0]
+        probe = Probe(folder, groups, tuple(map(float, stored["scores"])), stored["dtype"])
+        _rounding(probe.scored_in)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as failure:
+        reason = (str(failure).strip() or repr(failure)).splitlines()[0]
         raise CheckpointError(f"{folder}: {_HEAD_FILE} or {_PROBE_FILE} is broken: {reason}") from failure
     return model, renderer, probe
 
@@ -295,4 +297,4 @@ def _dtype_name(model: Discriminator) -> str:
 
 def _rounding(*dtypes: str) -> float:
     """How far, relative to the score, another machine or type of weights may move it by rounding alone."""
-    return max(1e-3, *(16 * torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes))
+    return max(1e-3, *(16 * torch.finfo(vars(torch)[dtype]).eps for dtype in dtypes))

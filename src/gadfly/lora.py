@@ -9,7 +9,6 @@ zero at first; embeddings and the map to logits have none.
 """
 
 import copy
-import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from gadfly.chat_template import Renderer
 from gadfly.errors import CheckpointError, UserError
+from gadfly.stored_json import check_fields, parse_object
 
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
@@ -125,7 +125,9 @@ def adapted_model(name: str) -> str | None:
     file = find_adapter_config_file(name)
     if file is None:
         return None
-    base: str = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    config = parse_object(Path(file).read_bytes())
+    check_fields(config, {"base_model_name_or_path": str})
+    base: str = config["base_model_name_or_path"]
     return base
 
 
@@ -175,7 +177,7 @@ def _adapter(role: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _read(folder: Path, rank: int, alpha: int) -> dict[str, Tensor]:
     """The weights of a saved adapter, by the names of the model's layers."""
     try:
-        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        config = parse_object((folder / _CONFIG_FILE).read_bytes())
         found = (config["r"], config["lora_alpha"])
         stored = load_file(folder / _WEIGHTS_FILE)
     except FileNotFoundError as missing:

@@ -6,14 +6,23 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from types import NoneType
 
 from gadfly.chat_request import Question
 from gadfly.errors import RunFolderError
 from gadfly.run_folder import Record, RunFolder
-from gadfly.spending import Usage
+from gadfly.spending import Usage, is_count
+from gadfly.stored_json import Kind, check_fields
 
 # The system is told to bring rows to the disk itself this often; a killed process loses none in any case.
 _SYNC_SECONDS = 1.0
+
+_TEXT: Kind = (str, NoneType)
+_FIELDS: dict[str, Kind] = {
+    "key": str,
+    **dict.fromkeys(("response", "teacher", "mark"), _TEXT),
+    **dict.fromkeys(("usage", "charged"), (dict, NoneType)),
+}
 
 
 class PaidAnswers:
@@ -32,11 +41,11 @@ class PaidAnswers:
         """Read what is there.
 
         Raises:
-            RunFolderError: a line is no JSON object.
+            RunFolderError: a line is no JSON object, or no answer.
         """
         self.path = folder.path / name
         self._folder, self._name = folder, name
-        self.by_key: dict[str, Record] = {row["key"]: row for row in folder.rows(name) if "key" in row}
+        self.by_key: dict[str, Record] = {row["key"]: row for row in answers_of(folder, name) if "key" in row}
         self._synced_at = 0.0
         self._file: int | None = None
         self._size = 0
@@ -88,6 +97,21 @@ class PaidAnswers:
             self._synced_at = time.monotonic()
 
 
+def answers_of(folder: RunFolder, name: str) -> list[Record]:
+    """Every row of a file of answers, line by line; some may be without a key.
+
+    Raises:
+        RunFolderError: a line is no JSON object, or no answer.
+    """
+    rows = folder.rows(name)
+    for line, row in enumerate(rows, start=1):
+        try:
+            check_fields(row, _FIELDS if "key" in row else {})
+        except ValueError as wrong:
+            raise RunFolderError(f"{folder.path / name}:{line}: {wrong}; mend or delete that line") from None
+    return rows
+
+
 def usage_of(row: Record) -> Usage:
     """Tokens of an answer on disk as the server counted them; none where it did not say."""
     return _usage(row.get("usage"))
@@ -99,5 +123,5 @@ def charged_to(row: Record) -> Usage:
 
 
 def _usage(counts: Record | None) -> Usage:
-    counts = counts or {}
-    return Usage(int(counts.get("prompt_tokens", 0)), int(counts.get("completion_tokens", 0)))
+    prompt, completion = ((counts or {}).get(name) for name in ("prompt_tokens", "completion_tokens"))
+    return Usage(prompt if is_count(prompt) else 0, completion if is_count(completion) else 0)

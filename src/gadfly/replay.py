@@ -17,8 +17,17 @@ import numpy as np
 from gadfly.errors import CheckpointError
 from gadfly.groups import Branch, Group
 from gadfly.run_folder import write_text
+from gadfly.stored_json import Kind, check_fields, parse_object
+from gadfly.visible_text import few
 
 _FILE = "replay.jsonl"
+
+_GROUP: dict[str, Kind] = {
+    "step": int,
+    "id": str,
+    **dict.fromkeys(("prompt_tokens", "teachers", "students"), list),
+}
+_BRANCH: dict[str, Kind] = {"tokens": list, "finished": bool, "text": str}
 
 
 class Replay:
@@ -71,7 +80,7 @@ class Replay:
         try:
             with open(folder / _FILE, encoding="utf-8", newline="\n") as file:
                 lines = [line.removesuffix("\n") for line in file]
-            self._kept = deque((int(json.loads(line)["step"]), line) for line in lines)
+            self._kept = deque((_step_of(line), line) for line in lines)
         except (OSError, ValueError, KeyError, TypeError) as damage:
             raise CheckpointError(
                 f"{folder / _FILE}: cannot be read ({damage}); restore the checkpoint from an intact copy"
@@ -101,6 +110,17 @@ def _line(step: int, group: Group) -> str:
 
 def _plain(branch: Branch) -> dict[str, Any]:
     return {field.name: getattr(branch, field.name) for field in fields(branch)}
+
+
+def _step_of(line: str) -> int:
+    """The step of a line that `_read` will be able to read."""
+    stored = parse_object(line)
+    check_fields(stored, _GROUP)
+    for branch in (*stored["teachers"], *stored["students"]):
+        check_fields(branch, _BRANCH, "branch.")
+        if unknown := branch.keys() - {field.name for field in fields(Branch)}:
+            raise ValueError(f"unknown fields {few(sorted(unknown))}")
+    return int(stored["step"])
 
 
 def _read(line: str) -> Group:

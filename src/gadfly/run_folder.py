@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 from gadfly.config import Recipe
 from gadfly.errors import RunFolderError
+from gadfly.run_files import check_object, check_row
+from gadfly.stored_json import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class RunFolder:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            pid = file.read().decode()
+            pid = file.read(20).decode(errors="replace")
             owner = f"process {pid}" if pid else "another process"
             raise RunFolderError(
                 f"run_folder = {self.path}: in use by {owner}; wait for it, stop it, or choose another name"
@@ -82,15 +84,15 @@ class RunFolder:
         """A JSON file of the folder; empty if it is not there."""
         path = self.path / name
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            content = parse_object(path.read_bytes())
+            check_object(name, content)
         except FileNotFoundError:
             return {}
         except OSError as failure:
             raise RunFolderError(f"{path}: cannot be read: {failure.strerror}") from None
-        except (ValueError, TypeError) as invalid:
-            raise RunFolderError(
-                f"{path}: not a JSON object ({invalid}); mend it, or delete it and run again"
-            ) from None
+        except ValueError as invalid:
+            raise RunFolderError(f"{path}: {invalid}; mend it, or delete it and run again") from None
+        return content
 
     def write_json(self, name: str, content: Record) -> None:
         """Write a JSON file whole."""
@@ -112,7 +114,7 @@ class RunFolder:
         """All rows of a JSONL file; a last line cut by a kill is left out.
 
         Raises:
-            RunFolderError: naming a line that is no JSON.
+            RunFolderError: naming a line that is no JSON, or no row of that file.
         """
         path = self.path / name
         try:
@@ -124,11 +126,11 @@ class RunFolder:
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as invalid:
-                raise RunFolderError(
-                    f"{path}:{number}: not a JSON object ({invalid}); mend or delete that line"
-                ) from None
+                row = parse_object(line)
+                check_row(name, row)
+            except ValueError as invalid:
+                raise RunFolderError(f"{path}:{number}: {invalid}; mend or delete that line") from None
+            rows.append(row)
         return rows
 
     def append_rows(self, name: str, rows: list[Record]) -> None:
@@ -177,23 +179,24 @@ class RunFolder:
         if not begun:
             self.write_json(f"{stage}/stage.json", {"settings": settings, "done": False})
             return True
-        changes = list(differences(begun["settings"], settings))
+        changes = list(differences(begun.get("settings") or {}, settings))
         if changes and not any(self.stage(stage).glob("step-*")):
             # Nothing was trained with the old settings yet: a slip put right is no other run.
             shutil.rmtree(self.stage(stage))
             self.write_json(f"{stage}/stage.json", {"settings": settings, "done": False})
             return True
         if changes:
-            state = "finished" if begun["done"] else "begun"
+            state = "finished" if begun.get("done") else "begun"
             raise RunFolderError(
                 f"{self.stage(stage)}: {state} with other settings: {'; '.join(changes)}. "
                 f"Put them back, choose another name, or delete that folder to do the stage again."
             )
         if not self.is_done(stage):
-            if begun["done"]:
+            if begun.get("done"):
                 logger.warning("%s: done before, but its checkpoints are gone; doing it again", stage)
             return True
-        logger.info("%s: done already, %d steps in %.0f s", stage, begun["steps"], begun["seconds"])
+        steps, seconds = begun.get("steps") or 0, begun.get("seconds") or 0
+        logger.info("%s: done already, %d steps in %.0f s", stage, steps, seconds)
         return False
 
     def finish(self, stage: str, **facts: Any) -> None:

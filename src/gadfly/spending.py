@@ -3,6 +3,7 @@
 import asyncio
 import math
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from gadfly.config import ApiConfig
 
@@ -44,6 +45,19 @@ class Usage:
 
 
 NOTHING = Usage(0, 0)
+
+# More tokens than all the text there is: no count of one answer.
+_MOST_TOKENS = 2**53
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether this is a number of tokens: a server or a file may say anything.
+
+    Example:
+        >>> [is_count(value) for value in (3, -1, True, 10**400, "3")]
+        [True, False, False, False, False]
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS
 
 
 def spell_dollars(dollars: float) -> str:

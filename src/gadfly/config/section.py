@@ -12,8 +12,15 @@ def _file_name(name: str) -> str:
     return name
 
 
+def _without_null(text: str) -> str:
+    # No path may hold one, and no name has a use for it.
+    if "\0" in text:
+        raise ValueError("holds a null byte; take it out")
+    return text
+
+
 Name = Annotated[str, AfterValidator(_file_name)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_null)]
 PositiveRate = Annotated[float, Field(gt=0, le=1, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Steps = Annotated[int, Field(ge=0, strict=True)]

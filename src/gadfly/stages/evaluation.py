@@ -16,6 +16,7 @@ from gadfly.stages.examples import Example
 from gadfly.stages.held_out import HeldOut
 from gadfly.stages.roles import DiscriminatorRole, StudentRole
 from gadfly.stages.rollout import sample_groups
+from gadfly.stored_json import parse
 from gadfly.tell import Pair, tell_accuracy
 from gadfly.text_metrics import length_ratio, repetition, rouge_l
 
@@ -156,7 +157,7 @@ def frozen_probe(
 def _read_probe(file: Path, examples: Sequence[Example]) -> list[Group]:
     try:
         with open(file, encoding="utf-8", newline="\n") as lines:
-            stored = [tuple(_branch(branch) for branch in json.loads(line)) for line in lines]
+            stored = [tuple(_branch(branch) for branch in parse(line)) for line in lines]
         return [
             replace(example.group, students=students)
             for example, students in zip(examples, stored, strict=True)

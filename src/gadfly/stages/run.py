@@ -18,7 +18,7 @@ import gadfly
 from gadfly.collected import collected
 from gadfly.config import Recipe
 from gadfly.dataset import BadRow, hold_out, load_rows, normalised_prompt
-from gadfly.errors import ConfigError
+from gadfly.errors import ConfigError, RunFolderError
 from gadfly.model_identity import model_identity
 from gadfly.processes import Processes
 from gadfly.records import Row
@@ -162,6 +162,7 @@ def open_run(
                 "code of gad.rewards", code_identity(reward.function), "give all the same file"
             )
     with folder.lock():
+        _refuse_foreign_folder(folder)
         folder.write_json("config.json", recipe.model_dump(mode="json"))
         folder.write_json("environment.json", _environment())
         trackers = open_trackers(
@@ -176,6 +177,20 @@ def open_run(
         finally:
             for tracker in trackers:
                 tracker.close()
+
+
+def _refuse_foreign_folder(folder: RunFolder) -> None:
+    """Spare the `config.json` of something else, such as a model that a recipe names as its run folder.
+
+    Raises:
+        RunFolderError: there is one.
+    """
+    config = folder.read_json("config.json")
+    if config and not {"name", "student"} <= config.keys():
+        raise RunFolderError(
+            f"run_folder = {folder.path}: its config.json is no recipe's, so this is no run folder; choose "
+            f"another with run_folder=…"
+        )
 
 
 def _environment() -> dict[str, Any]:

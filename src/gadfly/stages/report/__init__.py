@@ -6,8 +6,11 @@ It reads the run folder and the recipe alone, at any moment of a run, and never 
 from typing import Protocol, runtime_checkable
 
 from gadfly.config import Recipe
+from gadfly.errors import RunFolderError
 from gadfly.run_folder import RunFolder, write_text
 from gadfly.stages.report.reading import read_evidence
+
+_NOTED = ("summary.json", "audit.json", "environment.json")
 
 
 @runtime_checkable
@@ -26,7 +29,18 @@ def report(run: Reportable) -> None:
     Raises:
         RunFolderError: a file of the folder is not valid, or the page cannot be written.
     """
-    from gadfly.stages.report.page import render_page  # noqa: PLC0415  what draws takes a second to load
+    # What draws takes a second to load.
+    from jinja2 import UndefinedError  # noqa: PLC0415
 
-    page = render_page(read_evidence(run.folder, run.recipe))
+    from gadfly.stages.report.page import render_page  # noqa: PLC0415
+
+    try:
+        page = render_page(read_evidence(run.folder, run.recipe))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, UndefinedError) as failure:
+        # Rows are checked as they are read; what stages noted is nested too deep to be described again.
+        names, what = ", ".join(_NOTED), str(failure).partition("\n")[0][:200]
+        raise RunFolderError(
+            f"{run.folder.path}: {names}: one of them is not as it was written "
+            f"({type(failure).__name__}: {what}); restore it, or move it away and report again"
+        ) from failure
     write_text(run.folder.path / "report.html", page)

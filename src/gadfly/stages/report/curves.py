@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from gadfly.metrics import HEADLINES, Metric
 from gadfly.stages.report.reading import Curve, Evidence
 from gadfly.stages.report.wording import number
+from gadfly.visible_text import visible
 
 _POINTS = 120
 # Up to here every point is drawn as it is.
@@ -123,7 +124,7 @@ def _panel(evidence: Evidence, stage: str, metric: Metric, curve: Curve) -> Pane
     companion = evidence.curve(stage, name)
     trend = smooth(curve)
     ends = dict.fromkeys((number(float(trend.middle[0])), number(float(trend.middle[-1]))))
-    svg = _draw(f"{stage} {metric.name}", metric, trend, smooth(companion) if companion else None)
+    svg = _draw(visible(f"{stage} {metric.name}"), metric, trend, smooth(companion) if companion else None)
     if not companion:
         cap = f"{evidence.recipe.sampling.max_response_tokens:,}"
         note = _LOOKALIKES.get(metric.name, "").format(cap=cap)

@@ -16,6 +16,9 @@ from gadfly.statistics import Figure
 
 TRAINING_STAGES = ("seqkd", "discriminator-lm", "warmup", "gad", "seqkd-equal-time")
 
+# A larger value is a number on paper only: a sum of such squares is beyond all floats.
+_MOST = 1e100
+
 # Evaluation of the models: model, test set, name of the figure.
 Evaluation = dict[str, dict[str, dict[str, Figure]]]
 
@@ -125,7 +128,7 @@ def _curves(rows: Iterable[Record]) -> dict[str, dict[str, Curve]]:
         for name, value in without_time(row).items():
             if name in ("stage", "step"):
                 continue
-            if isinstance(value, int | float) and math.isfinite(value):
+            if isinstance(value, int | float) and -_MOST < value < _MOST:
                 stage[name].steps.append(float(row["step"]))
                 stage[name].values.append(float(value))
     return {stage: dict(metrics) for stage, metrics in curves.items()}
@@ -136,7 +139,8 @@ def _stages(
 ) -> dict[str, StageState]:
     stages = {}
     for name in dict.fromkeys((*TRAINING_STAGES, *finished, *curves)):
-        begun = folder.read_json(f"{name}/stage.json")
+        # A name from a row is no path to follow.
+        begun = folder.read_json(f"{name}/stage.json") if name in TRAINING_STAGES else {}
         reached = [curve.steps[-1] for curve in curves.get(name, {}).values() if curve.steps]
         if name not in finished and not reached and not begun:
             continue
@@ -145,8 +149,8 @@ def _stages(
             name,
             steps=int(facts.get("steps", max(reached, default=0))),
             seconds=float(facts["seconds"]) if "seconds" in facts else None,
-            best_step=_best_step(folder, name),
-            settings=begun.get("settings", {}),
+            best_step=_best_step(folder, name) if name in TRAINING_STAGES else None,
+            settings=begun.get("settings") or {},
         )
     return stages
 

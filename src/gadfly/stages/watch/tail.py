@@ -1,11 +1,11 @@
 """A JSONL file that another process writes, read on from where the last look ended."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from gadfly.errors import RunFolderError
+from gadfly.stored_json import parse_object
 
 
 class Tail:
@@ -62,8 +62,6 @@ class Tail:
     def _row(self, line: bytes) -> dict[str, Any]:
         self._line += 1
         try:
-            return dict(json.loads(line))
-        except (ValueError, TypeError, RecursionError) as invalid:
-            raise RunFolderError(
-                f"{self._path}:{self._line}: not a JSON object ({invalid}); mend or delete that line"
-            ) from None
+            return parse_object(line)
+        except ValueError as invalid:
+            raise RunFolderError(f"{self._path}:{self._line}: {invalid}; mend or delete that line") from None

@@ -10,6 +10,7 @@ from gadfly.config import TRAINING_STAGES
 from gadfly.errors import RunFolderError
 from gadfly.run_folder import Record, RunFolder
 from gadfly.stages.watch.tail import Tail
+from gadfly.stored_json import check_fields
 
 # Rows of samples and alarms that are kept for the screen.
 _KEPT = 20
@@ -17,6 +18,8 @@ _KEPT = 20
 _PACE_STEPS = 50
 # A run on another machine shows itself by rows that are no older than this, in seconds.
 _FRESH_SECONDS = 120.0
+# Seconds since 1970; and steps, which no run has.
+_END_OF_TIME, _MOST_STEPS = 1e11, 10**12
 
 
 class Watched:
@@ -69,11 +72,14 @@ class Watched:
 
     def _add(self, row: Record) -> None:
         stage = str(row.get("stage", ""))
-        if not isinstance(row.get("step"), int):
-            raise RunFolderError(f"{self.path / 'metrics.jsonl'}: a row without a step; mend or delete it")
+        try:
+            check_fields(row, {"step": int})
+        except ValueError as wrong:
+            raise RunFolderError(f"{self.path / 'metrics.jsonl'}: {wrong}; mend or delete that row") from None
         self.histories.setdefault(stage, History(stage)).add(row)
         at = row.get("time/unix")
-        if isinstance(at, int | float):
+        # Neither a number that is none, nor one beyond all clocks.
+        if isinstance(at, int | float) and 0 <= at < _END_OF_TIME:
             self._last_row = float(at)
             times = self._times.setdefault(stage, [])
             if not times or times[-1][0] != row["step"]:
@@ -96,7 +102,7 @@ class Watched:
     def total_steps(self, stage: str) -> int | None:
         """Steps of a stage in all; None where it does not say."""
         total: Any = self._stages.get(stage, {}).get("total_steps")
-        return total if isinstance(total, int) and total > 0 else None
+        return total if isinstance(total, int) and 0 < total < _MOST_STEPS else None
 
     def seconds_left(self, stage: str) -> float | None:
         """What is left of a stage at the pace of its last steps; None where that cannot be said."""
