@@ -63,7 +63,7 @@ def test_whatever_a_server_sends_is_an_answer_or_a_failure(body: Any) -> None:
     | st.builds(lambda code, body: {"response": {"status_code": code, "body": body}}, odd, odd)
 )
 def test_whatever_a_batch_brings_is_an_answer_or_a_failure(row: dict[str, Any]) -> None:
-    config = ApiConfig(base_url="http://localhost:9/v1", api_key_env=None, model="m")
+    config = ApiConfig(base_url="http://localhost:9/v1", model="m", api_key_env="")
     rows = BatchRows(ChatApi(config, "teacher", Spending(config)))
     try:
         assert is_sound(rows.answer(row, 1, "max_tokens"))

@@ -17,6 +17,9 @@ from gadfly.run_folder import merge
 
 Table = dict[str, Any]
 
+# Characters of a wrong value that a line repeats.
+_MOST_SHOWN = 500
+
 # Keys that name files or folders; relative ones are resolved where they were written.
 _PATHS = (
     "run_folder",
@@ -188,7 +191,7 @@ def _explain(key: str, errors: list[ErrorDetails]) -> str:
     if error["type"] == "missing":
         return _explain_missing(key)
     if error["type"] in ("model_type", "dict_type"):
-        return f"{key} = {error['input']!r}: must be a table, as in [{key}]"
+        return f"{key} = {_shown(error['input'])}: must be a table, as in [{key}]"
     messages = [error["msg"].removeprefix("Value error, ") for error in errors]
     if not key:
         return "; ".join(messages)
@@ -197,7 +200,17 @@ def _explain(key: str, errors: list[ErrorDetails]) -> str:
     message = wanted if messages[0].startswith(lead) else f"{messages[0][0].lower()}{messages[0][1:]}"
     # A key or password put there by mistake must not be repeated.
     is_secret = key.endswith((".api_key_env", ".base_url"))
-    return f"{key}: {message}" if is_secret else f"{key} = {error['input']!r}: {message}"
+    return f"{key}: {message}" if is_secret else f"{key} = {_shown(error['input'])}: {message}"
+
+
+def _shown(value: object) -> str:
+    """The value as it may stand in a line, however long it is."""
+    try:
+        shown = repr(value)
+    # A number in hexadecimal may have more digits than Python writes.
+    except ValueError:
+        return "a number beyond all bounds"
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}…"
 
 
 def _explain_missing(key: str) -> str:
