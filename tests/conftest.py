@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples at every run: a test that fails fails for all, and for what was changed.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 # Small work on shared cores: a second thread only waits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -57,7 +57,7 @@ def looked_at(run: Any) -> None:
                 raise AssertionError(str(error)) from error
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
 @given(content=st.binary(max_size=40) | st.sampled_from([DEEP, b'{"a":' * 50_000, b"\xff\xfe", b"null"]))
 def test_any_bytes_are_an_object_or_one_line(tmp_path: Path, content: bytes) -> None:
     folder = RunFolder(tmp_path)
@@ -73,7 +73,7 @@ def test_any_bytes_are_an_object_or_one_line(tmp_path: Path, content: bytes) -> 
     assert folder.rows("a.jsonl") == [{"a": 1}]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
 @given(data=st.data())
 def test_a_row_with_any_value_in_any_field_is_shown_or_one_line(tmp_path: Path, data: st.DataObject) -> None:
     run = a_run(tmp_path, steps=3)
@@ -105,7 +105,7 @@ def paths_of(value: Any) -> list[tuple[Any, ...]]:
     return [(), *((key, *rest) for key, inner in value.items() for rest in paths_of(inner))]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=100)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
 @given(data=st.data())
 def test_an_object_with_any_value_anywhere_is_shown_or_one_line(tmp_path: Path, data: st.DataObject) -> None:
     run = a_run(tmp_path, steps=3)

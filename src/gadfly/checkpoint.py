@@ -200,6 +200,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path / _MANIFEST}: lists {name!r:.200}, outside the folder; do not use it"
             )
+        # In an error it would make several lines, or steer the terminal.
+        if not name.isprintable():
+            raise CheckpointError(f"{path / _MANIFEST}: lists {name!r:.200}, no name of ours; do not use it")
         if not file.is_file():
             raise CheckpointError(f"{file}: missing, so the checkpoint is incomplete{_way_out(path)}")
         if hash_file(file) != digest:
