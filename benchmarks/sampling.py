@@ -1,14 +1,9 @@
-"""The local sampler, and vLLM where it is installed, against `model.generate(num_return_sequences=G)`.
+"""The local sampler against `model.generate(num_return_sequences=G)`.
 
-Prompts, counts, lengths and temperature are the same. No response ends before the cap on any side.
+Prompts, counts, lengths and temperature are the same. No response ends before the cap on either side.
 """
 
-import importlib.util
-import tempfile
-from collections.abc import Sequence
-
 import torch
-from transformers import LlamaForCausalLM
 
 from benchmarks.result import Result, time_in_turn
 from benchmarks.subjects import (
@@ -18,21 +13,16 @@ from benchmarks.subjects import (
     TEMPERATURE,
     TINY,
     Shape,
-    Size,
     new_groups,
     new_model,
 )
-from gadfly.logprobs import log_distribution
-from gadfly.samplers import Canary, LocalSampler, Sampler, VllmSampler, requests_for
+from gadfly.samplers import LocalSampler, requests_for
 
 _SUBJECTS = {
     "demo": (DEMO, Shape(8, 8, 64, 128)),
     "demo-long": (DEMO, Shape(8, 8, 1024, 256)),
     "smollm2": (SMOLLM2, Shape(2, 8, 64, 128)),
 }
-# vLLM knows no heads as small as the demo's.
-if importlib.util.find_spec("vllm"):
-    _SUBJECTS["smollm2-vllm"] = _SUBJECTS["smollm2"]
 _WANTED = {"demo": 2.5, "demo-long": 2.5, "smollm2": 1.5}
 _PAIRS = 5
 CASES = tuple(_SUBJECTS)
@@ -44,7 +34,7 @@ def run(case: str, quick: bool) -> Result:
     groups = new_groups(shape, size)
     model = new_model(size, shares_prompts=False)
     prompts = torch.tensor([group.prompt_tokens for group in groups])
-    sampler = _vllm(model, shape) if case.endswith("-vllm") else _local(size)
+    sampler = LocalSampler(new_model(size, shares_prompts=True), frozenset({size.vocabulary}))
     requests = requests_for(groups, shape.group_size, 0, "benchmark")
 
     def rival() -> None:
@@ -66,27 +56,4 @@ def run(case: str, quick: bool) -> Result:
         f"P {shape.prompts} x G {shape.group_size}, prompts of {shape.prompt_tokens} tokens, "
         f"responses of {shape.response_tokens}"
     )
-    return Result.of_times(f"sampling:{case}", times, _WANTED.get(case, 0.0), details)
-
-
-def _local(size: Size) -> Sampler:
-    return LocalSampler(new_model(size, shares_prompts=True), frozenset({size.vocabulary}))
-
-
-def _vllm(model: LlamaForCausalLM, shape: Shape) -> Sampler:
-    def logprobs(tokens: Sequence[int]) -> list[float]:
-        ids = torch.tensor(tokens)
-        with torch.no_grad():
-            distribution = log_distribution(model(input_ids=ids[None]).logits[0, :-1], 1.0)
-        values: list[float] = distribution.gather(-1, ids[1:, None]).squeeze(-1).tolist()
-        return values
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return VllmSampler(
-            folder,
-            model,
-            frozenset(),
-            Canary(logprobs),
-            max_tokens=shape.prompt_tokens + shape.response_tokens,
-        )
+    return Result.of_times(f"sampling:{case}", times, _WANTED[case], details)

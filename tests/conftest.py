@@ -82,11 +82,17 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def recipe_file(tmp_path: Path, tiny_model: Path, teacher_file: Path) -> Path:
+def recipe_file(tmp_path: Path, tiny_recipe: str) -> Path:
     """A recipe of every training stage that ends in seconds."""
     path = tmp_path / "recipe.toml"
-    path.write_text(
-        f"""
+    path.write_text(tiny_recipe, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_model: Path, teacher_file: Path) -> str:
+    """What `recipe_file` says, for fixtures that outlive a test."""
+    return f"""
 name = "tiny"
 [data]
 train = "{teacher_file}"
@@ -125,7 +131,4 @@ evaluate_every = 3
 prompts = 4
 [audit]
 allow = ["leak-into-test"]  # its test set is its training set
-""",
-        encoding="utf-8",
-    )
-    return path
+"""

@@ -119,38 +119,10 @@ def told(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, teacher_file: Path) -> Path:
-    """A recipe of warmup and gad that ends in seconds."""
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: str) -> Path:
+    """One that all runs here share."""
     path = tmp_path_factory.mktemp("ground") / "recipe.toml"
-    path.write_text(
-        f"""
-name = "tiny"
-[data]
-train = "{teacher_file}"
-valid_share = 0.2
-[student]
-model = "{tiny_model}"
-max_grad_norm = 1.0
-[discriminator]
-learning_rate = 1e-3
-[sampling]
-max_response_tokens = 12
-[warmup]
-learning_rate = 1e-3
-batch_prompts = 8
-group_size = 2
-max_steps = 4
-discriminator_only_steps = 2
-discriminator_final_steps = 2
-[gad]
-batch_prompts = 4
-group_size = 4
-save_every = 2
-[evaluation]
-prompts = 4
-""",
-        encoding="utf-8",
-    )
+    path.write_text(tiny_recipe, encoding="utf-8")
     return path
 
 

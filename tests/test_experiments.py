@@ -4,15 +4,25 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from experiments.experiment import FOLDER, Claim, load_experiment, names
 from experiments.pages import page
+from experiments.ranking import in_group_ranking, rank_share
 from experiments.results import Results
+from gadfly.dataset import load_rows
+from gadfly.discriminator import load_discriminator, read_scores
+from gadfly.engine import Engine
 from gadfly.errors import ConfigError
+from gadfly.groups import Branch, reread, teacher_group
 from gadfly.recipe_file import load_recipe
+from gadfly.records import Row
+from gadfly.stages.run import open_run
+from gadfly.stages.warmup import warmup
 
 CLAIM = Claim(says="a is above b", better="a", worse="b")
 
@@ -94,6 +104,50 @@ def test_every_readme_has_a_place_for_results(name: str) -> None:
     assert re.search(r"<!-- results: .* -->\n.*<!-- end of results -->", readme, re.DOTALL)
 
 
+def test_pairs_of_a_good_and_a_bad_sample_count_one_or_half_for_a_tie() -> None:
+    # 2 > 1, 2 > 0, 1 = 1, 1 > 0: three and a half of four.
+    assert rank_share([2.0, 1.0], [1.0, 0.0]) == 3.5 / 4
+
+
+def test_samples_are_ranked_by_their_own_scores(recipe_file: Path) -> None:
+    with open_run(load_recipe(recipe_file)) as run:
+        warmup(run)
+        checkpoint = (run.folder.stage("warmup") / "latest").resolve()
+        model, renderer = load_discriminator(checkpoint / "discriminator", "float32")
+        rows = load_rows(run.recipe.data.train or "", needs_response=True).rows[:6]
+
+        def score(row: Row, branch: Branch) -> float:
+            group = replace(teacher_group(row, renderer, 12), teachers=(), students=(branch,))
+            engine = Engine(model, read_scores, micro_batch_tokens=1000)
+            return float(engine.forward(reread([group], [row], renderer)).values)
+
+        seen: list[float] = []
+        assert in_group_ranking(run, checkpoint, rows, lambda *one: bool(seen.append(score(*one)))) is None
+        middle = median(seen)
+        above = in_group_ranking(run, checkpoint, rows, lambda *one: score(*one) > middle)
+        below = in_group_ranking(run, checkpoint, rows, lambda *one: score(*one) <= middle)
+    assert above is not None
+    assert below is not None
+    assert (above.value, below.value) == (1.0, 0.0)
+
+
+def test_an_arm_that_an_experiment_does_not_have_is_refused(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "experiments",
+        "records",
+        "--arms",
+        "dpo,none",
+        "--folder",
+        str(tmp_path),
+    ]
+    ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("--arms: records has no none; it has ")
+    assert not list(tmp_path.iterdir())
+
+
 def experiment(*arguments: object) -> str:
     command = [sys.executable, "-m", "experiments", *map(str, arguments)]
     ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=280)
@@ -129,5 +183,6 @@ def test_what_is_kept_of_results_is_what_their_tables_say() -> None:
         assert sorted(map(int, gad)) == record["seeds"]
         mean = sum(gad.values()) / len(gad)
         readme = (file.parent / "README.md").read_text(encoding="utf-8")
-        (row,) = (line for line in readme.splitlines() if line.startswith("| **GAD** |"))
+        title = f"| {experiment.titles['gad']} |"
+        (row,) = (line for line in readme.splitlines() if line.startswith(title))
         assert f"{mean:.3f}" in row

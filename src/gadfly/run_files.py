@@ -22,7 +22,7 @@ _ROWS: dict[str, dict[str, Kind]] = {
     "metrics.jsonl": _STEP,
     "samples.jsonl": _STEP | dict.fromkeys(("kind", "id", "prompt", "teacher"), str),
     "alarms.jsonl": _ALARM | {"action": str},
-    "remedies.jsonl": _ALARM | {"back_to": int, "changes": dict},
+    "remedies.jsonl": _ALARM | {"back_to": int, "changes": dict, "is_done": bool},
 }
 _OBJECTS: dict[str, dict[str, Kind]] = {
     "stage.json": {"settings": (dict, NoneType), "done": (bool, NoneType), **_TIMES},
