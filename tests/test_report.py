@@ -49,7 +49,11 @@ def test_alarms_stand_on_the_page_with_what_was_done(tmp_path: Path) -> None:
     assert "None of the 25 alarms was raised" in run.page()
     rows = [an_alarm("drift", 40), an_alarm("drift", 90), an_alarm("collapse", 60, "stop")]
     run.folder.write_rows("alarms.jsonl", rows)
-    went_back = an_alarm("fooled", 80) | {"back_to": 50, "changes": {"gad.learning_rate": 5e-7}}
+    went_back = an_alarm("fooled", 80) | {
+        "back_to": 50,
+        "changes": {"gad.learning_rate": 5e-7},
+        "is_done": True,
+    }
     run.folder.write_rows("gad/remedies.jsonl", [went_back])
     words = " ".join(Page(run.page()).words.split())
     assert words.count(KINDS["drift"].title) == 1

@@ -80,7 +80,12 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
 def test_alarms_and_remedies_are_shown(tmp_path: Path) -> None:
     folder = going(tmp_path)
     folder.append_rows("alarms.jsonl", [ALARM])
-    went_back = ALARM | {"name": "collapse", "back_to": 50, "changes": {"gad.kl_coefficient": 0.01}}
+    went_back = ALARM | {
+        "name": "collapse",
+        "back_to": 50,
+        "changes": {"gad.kl_coefficient": 0.01},
+        "is_done": True,
+    }
     folder.append_rows("gad/remedies.jsonl", [went_back])
     told = snapshot(Watched(folder.path))
     assert "drift  gad step 90 (warn): KL 1.20 nats a token" in told
