@@ -111,7 +111,8 @@ def log_distribution(logits: Tensor, temperature: float) -> Tensor:
     Sampler and trainer both use it, so that the probability of a sample is one number.
     """
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.log_softmax(precise / temperature, dim=-1)
+    # Dividing by 1 changes nothing, and takes as long as any pass over all logits.
+    return torch.log_softmax(precise if temperature == 1 else precise / temperature, dim=-1)
 
 
 def masked_mean(values: Float[Tensor, "row token"], mask: Bool[Tensor, "row token"]) -> float:
@@ -147,5 +148,7 @@ def _of_logits(
     log_softmax = log_distribution(logits, temperature)
     values = log_softmax.gather(-1, tokens[:, None]).squeeze(-1)
     with torch.no_grad():
-        entropy = torch.special.entr(log_softmax.exp()).sum(-1)
+        # A token that cannot come adds nothing, though its log-probability is no finite number.
+        finite = log_softmax.clamp_min(torch.finfo(log_softmax.dtype).min)
+        entropy = -log_softmax.exp().mul_(finite).sum(-1)
     return values, entropy

@@ -116,7 +116,7 @@ class SharedPrompts:
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
         if window not in self._masks:
-            self._masks[window] = self._table_masks(window)
+            self._masks[window] = self._table_masks(window, query.dtype)
         of_prompt, of_branch = self._masks[window]
         prompt_output = attend_tables(
             _gather(query, self._prompts),
@@ -135,19 +135,26 @@ class SharedPrompts:
         tables = torch.cat([prompt_output.flatten(0, 1), branch_output.flatten(0, 1)])
         return _gather(tables, self._places_in_tables)
 
-    def _table_masks(self, window: int | None) -> tuple[Tensor | None, Tensor]:
-        """Who sees whom: prompts themselves; branches their prompt and themselves."""
+    def _table_masks(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        """Who sees whom: prompts themselves; branches their prompt and themselves.
+
+        The larger one is a bias, 0 or minus infinity: SDPA would make one of truth values in every layer.
+        """
         prompt_place, branch_place = (
             torch.arange(table.shape[1], device=self._device) for table in (self._prompts, self._branches)
         )
         own = self._tensor(self._prompt_lengths)[self._tensor(self._owners)][:, None, None]
+        shape = (len(own), len(branch_place), len(prompt_place) + len(branch_place))
+        bias = torch.full(shape, -torch.inf, dtype=dtype, device=self._device)
+        to_prompt, to_branch = bias.split([len(prompt_place), len(branch_place)], -1)
+        to_branch.masked_fill_(sees(branch_place[:, None] - branch_place, window), 0)
         # Padding on the right is after every query, in a prompt and in a branch.
-        to_prompt = (own + branch_place[:, None] - prompt_place).masked_fill(prompt_place >= own, -1)
-        to_branch = (branch_place[:, None] - branch_place)[None].expand(len(own), -1, -1)
-        of_branch = sees(torch.cat([to_prompt, to_branch], 2), window)
+        is_real = prompt_place < own
         if window is None:
-            return None, of_branch
-        return sees((prompt_place[:, None] - prompt_place)[None], window), of_branch
+            to_prompt.masked_fill_(is_real, 0)
+            return None, bias
+        to_prompt.masked_fill_(is_real & sees(own + branch_place[:, None] - prompt_place, window), 0)
+        return sees((prompt_place[:, None] - prompt_place)[None], window), bias
 
     def _by_flex(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
