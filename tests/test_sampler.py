@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -283,3 +284,49 @@ def test_the_forgetful_student_draws_only_on_what_it_can_see(forgetful: PreTrain
     prompts = [(*prompts[0][:-1], last) for last in (5, 50)]
     one, other = draw(forgetful, [Request(ids, 4, "same") for ids in prompts])
     assert [sample.tokens for sample in one] != [sample.tokens for sample in other]
+
+
+@pytest.fixture(scope="module")
+def autocast_student(tiny_model: Path) -> Engine:
+    """A student in single precision that is trained under bfloat16 autocast."""
+    model = sharp_model(tiny_model).float()
+    return Engine(
+        model, LogprobReader(0.8), micro_batch_tokens=1000, precision="bfloat16", optimizer=Optimizer()
+    )
+
+
+def gap_to_the_trainer(student: Engine, sampler: LocalSampler) -> float:
+    """Mean difference (nats) between what the sampler says of its tokens and what the trainer does."""
+    answers = sampler.sample(
+        requests_for(GROUPS, 8, seed=5, purpose="gad/1"), temperature=0.8, max_response_tokens=16
+    )
+    groups = [
+        replace(group, students=tuple(Branch(sample.tokens, sample.finished, "") for sample in samples))
+        for group, samples in zip(GROUPS, answers, strict=True)
+    ]
+    trained = student.forward([group.only_students() for group in groups]).values
+    rows = [sample.logprobs for samples in answers for sample in samples]
+    gaps = [abs(np.array(row) - trained[place, : len(row)].numpy()) for place, row in enumerate(rows)]
+    return float(np.concatenate(gaps).mean())
+
+
+def test_in_half_precision_samples_are_rounded_as_the_trainer_rounds(autocast_student: Engine) -> None:
+    student = autocast_student
+    half, single = (LocalSampler(student.model, ENDS, in_half_precision=is_half) for is_half in (True, False))
+    assert 4 * gap_to_the_trainer(student, half) < gap_to_the_trainer(student, single)
+
+
+def test_in_half_precision_the_weights_are_those_of_the_last_update(autocast_student: Engine) -> None:
+    model = copy.deepcopy(autocast_student.model)
+    requests = requests_for(GROUPS, 3, seed=5, purpose="gad/1")
+    sampler = LocalSampler(model, ENDS, in_half_precision=True)
+
+    def drawn(sampler: LocalSampler) -> list[list[Sample]]:
+        return sampler.sample(requests, temperature=0.8, max_response_tokens=16)
+
+    before = drawn(sampler)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    sampler.update(model.named_parameters())
+    assert drawn(sampler) == drawn(LocalSampler(model, ENDS, in_half_precision=True)) != before

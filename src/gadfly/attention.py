@@ -196,10 +196,17 @@ def _attention(
     }
     if more:
         raise NotImplementedError(f"{type(module).__name__}: attention with {', '.join(sorted(more))}")
-    sequence = attends(
-        *(part[0].transpose(0, 1) for part in (query, key, value)),
-        layer=module.layer_idx,  # type: ignore[arg-type]
-        scaling=kwargs.get("scaling"),
-        window=kwargs.get("sliding_window"),
-    )
+    device = query.device.type
+    parts = [part[0].transpose(0, 1) for part in (query, key, value)]
+    if torch.is_autocast_enabled(device):
+        # On a CPU the backward pass of attention is slower in half precision.
+        kind = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+        parts = [part.to(kind) for part in parts]
+    with torch.autocast(device, enabled=False):
+        sequence = attends(
+            *parts,
+            layer=module.layer_idx,  # type: ignore[arg-type]
+            scaling=kwargs.get("scaling"),
+            window=kwargs.get("sliding_window"),
+        )
     return sequence[None], None

@@ -250,9 +250,15 @@ def _weights(work: Workload, student: int, discriminator: int) -> dict[str, floa
 
 
 def _copy_bytes(work: Workload, trained: int) -> float:
-    """The student's whole weights to sample from; the local sampler of one process shares the student's."""
-    if work.sampler == "servers" or (work.gpus == 1 and work.sampler == "local"):
+    """The student's whole weights to sample from; the local sampler of one process shares the student's, but
+    for half copies of its linear layers where it is trained under autocast.
+    """
+    if work.sampler == "servers":
         return 0.0
+    if work.gpus == 1 and work.sampler == "local":
+        is_copied = work.is_autocast and not work.lora_rank and work.weight_bytes > _HALF
+        # The layers, and the map to logits in the place of the embedding.
+        return float(work.student.decoder_parameters * _HALF) if is_copied else 0.0
     adapter = trained * ADAPTER_BYTES if work.lora_rank else 0
     return float(work.student.parameters * work.weight_bytes + adapter)
 

@@ -92,8 +92,8 @@ class EngineConfig(Section):
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """`bfloat16`: matrix products of training under autocast, faster on processors that have it, many times
     slower on others; `auto` takes the faster one, measured once a run. Weights, scores and losses stay in
-    `student.dtype`, and so does sampling: sampled and trained log-probabilities then differ by rounding
-    (`detail/sampler_gap_nats`)."""
+    `student.dtype`. The local sampler of one process rounds as training does, with LoRA excepted; elsewhere
+    sampled and trained log-probabilities differ by that rounding (`detail/sampler_gap_nats`)."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: torch's own choice. Tiny models run best on one or two."""
     activation_checkpointing: bool = False

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from gadfly.logprobs import log_distribution
 from gadfly.samplers.canary import Canary, canary_text
 from gadfly.samplers.decoding import open_decoder
+from gadfly.samplers.half_copy import HalfCopy
 from gadfly.samplers.sampler import Request, Sample
 
 _CANARY_TOKENS = 32
@@ -26,6 +27,7 @@ class LocalSampler:
         end_ids: every token that ends a response.
         max_parallel_responses: responses decoded at once, though a request is never split; changes
             speed and memory, not the samples.
+        in_half_precision: sample under bfloat16 autocast, as the student is trained.
         canary: for a model of its own, whose weights are to be checked after every update.
         progress: told in words, before each token of the responses decoded together, where sampling is.
     """
@@ -36,10 +38,13 @@ class LocalSampler:
         end_ids: frozenset[int],
         *,
         max_parallel_responses: int = 256,
+        in_half_precision: bool = False,
         canary: Canary | None = None,
         progress: Callable[[str], None] | None = None,
     ):
-        self._model = model
+        self._student = model
+        self._half = HalfCopy(model) if in_half_precision else None
+        self._model = self._half.model if self._half else model
         self._canary = canary
         self._progress = progress
         self._end_ids = torch.tensor(sorted(end_ids), device=model.device)
@@ -51,11 +56,13 @@ class LocalSampler:
         Raises:
             AlarmError: the model computes other log-probabilities than the student afterwards.
         """
-        own = dict(self._model.named_parameters())
+        own = dict(self._student.named_parameters())
         with torch.no_grad():
             for name, value in weights:
                 if own[name].data_ptr() != value.data_ptr():
                     own[name].copy_(value)
+        if self._half is not None:
+            self._half.update()
         if self._canary is not None:
             text = canary_text(self._model.config.get_text_config().vocab_size, _CANARY_TOKENS)
             self._canary.check("the inference copy", text, self._logprobs(text), remedy=_REMEDY)
@@ -64,7 +71,8 @@ class LocalSampler:
     def _logprobs(self, tokens: Sequence[int]) -> list[float]:
         """Log-probability of each token after the first, at temperature 1."""
         ids = torch.tensor(tokens, device=self._model.device)
-        logits = self._model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        with self._precision():
+            logits = self._model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         values: list[float] = log_distribution(logits, 1.0).gather(-1, ids[1:, None]).squeeze(-1).tolist()
         return values
 
@@ -74,12 +82,16 @@ class LocalSampler:
         """The samples of each request, in order. Temperature 0 is greedy."""
         answers: list[list[Sample]] = [[] for _ in requests]
         for chunk in self._chunks(requests):
-            samples = self._sample_chunk(
-                [requests[index] for index in chunk], temperature, max_response_tokens
-            )
+            asked = [requests[index] for index in chunk]
+            with self._precision():
+                samples = self._sample_chunk(asked, temperature, max_response_tokens)
             for index, group in zip(chunk, samples, strict=True):
                 answers[index] = group
         return answers
+
+    def _precision(self) -> torch.autocast:
+        is_half = self._half is not None
+        return torch.autocast(self._model.device.type, dtype=torch.bfloat16, enabled=is_half)
 
     def _chunks(self, requests: Sequence[Request]) -> Iterator[list[int]]:
         """Requests decoded together: for as many samples each, and with prompts of like length."""

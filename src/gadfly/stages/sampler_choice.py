@@ -93,10 +93,17 @@ def _own_sampler(
         inference_copy(),
         renderer.end_ids,
         max_parallel_responses=sampling.max_parallel_responses,
+        in_half_precision=_samples_in_half(run, engine),
         # A model of its own may be left behind by the student.
         canary=canary if run.processes.size > 1 else None,
         progress=run.processes.progress,
     )
+
+
+def _samples_in_half(run: Run, engine: Engine[Logprobs]) -> bool:
+    """Whether the local sampler rounds as the trainer does; with LoRA it would take a second frozen model."""
+    is_autocast = engine.precision == "bfloat16" and run.recipe.student.dtype != "bfloat16"
+    return is_autocast and run.processes.size == 1 and run.recipe.student.lora_rank == 0
 
 
 def _asking(run: Run, engine: Engine[Logprobs]) -> StudentLogprobs:
