@@ -14,10 +14,10 @@ from pathlib import Path
 import openai
 
 from benchmarks.result import Result
-from gadfly.asking import ask
-from gadfly.chat_request import ChatRequest, Question, parameters_of
+from gadfly.api.asking import ask
+from gadfly.api.chat_request import ChatRequest, Question, parameters_of
+from gadfly.api.paid_answers import PaidAnswers
 from gadfly.config import ApiConfig
-from gadfly.paid_answers import PaidAnswers
 from gadfly.records import Message
 from gadfly.run_folder import RunFolder
 from tests.fault_server import fault_process

@@ -18,8 +18,8 @@ from benchmarks.subjects import (
     new_renderer,
 )
 from gadfly.lora import SharedBase
-from gadfly.memory_plan import Workload, plan_memory
-from gadfly.model_shape import shape_of
+from gadfly.sizing.memory_plan import Workload, plan_memory
+from gadfly.sizing.model_shape import shape_of
 
 _SIZES = {
     "5M": Size(hidden=128, intermediate=384, layers=4, heads=4, key_heads=2, vocabulary=32768),

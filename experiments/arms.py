@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gadfly.checkpoint import latest_checkpoint
-from gadfly.dataset import load_rows
+from gadfly.data.dataset import load_rows
 from gadfly.groups import teacher_group
 from gadfly.models import load_language_model, save_language_model
 from gadfly.records import Row, generations_file

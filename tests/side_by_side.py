@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from gadfly.ranks import open_ranks
+from gadfly.distributed.ranks import open_ranks
 
 SIZE = 2
 

@@ -15,10 +15,10 @@ from side_by_side import side_by_side
 from torch import Tensor
 
 from gadfly.checkpoint import checkpoint_steps
+from gadfly.distributed.processes import Processes
 from gadfly.engine import Engine
 from gadfly.errors import AlarmError
 from gadfly.models import load_language_model
-from gadfly.processes import Processes
 from gadfly.recipe_file import load_recipe
 from gadfly.run_folder import RunFolder
 from gadfly.stages import roles

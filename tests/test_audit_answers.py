@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gadfly.audit_answers import (
+from gadfly.analysis.audit_answers import (
     Answer,
     Role,
     describe,
@@ -15,11 +15,11 @@ from gadfly.audit_answers import (
     judge_teacher,
     looks_cut,
 )
-from gadfly.audit_findings import CATALOGUE, Finding
-from gadfly.audit_prompts import Leak, find_leaks, judge_leaks, judge_prompts, pairing
+from gadfly.analysis.audit_findings import CATALOGUE, Finding
+from gadfly.analysis.audit_prompts import Leak, find_leaks, judge_leaks, judge_prompts, pairing
+from gadfly.analysis.surface_features import SurfaceTest, Written
 from gadfly.records import Message, Row
 from gadfly.statistics import Figure, share
-from gadfly.surface_features import SurfaceTest, Written
 
 NONE_OVER = share([False] * 200)
 CONTROL = ("<|im_end|>",)

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from fault_server import Answer, BatchPlan, Fault, FaultServer
 
-from gadfly.batch_book import BOOK_FILE
-from gadfly.batch_rows import BatchRows
-from gadfly.chat_answer import RequestFailed
-from gadfly.chat_api import ChatApi
-from gadfly.chat_request import ChatRequest
+from gadfly.api.batch_book import BOOK_FILE
+from gadfly.api.batch_rows import BatchRows
+from gadfly.api.chat_answer import RequestFailed
+from gadfly.api.chat_api import ChatApi
+from gadfly.api.chat_request import ChatRequest
 from gadfly.errors import ApiError, GadflyError, RunFolderError, UserError
 from gadfly.recipe_file import load_recipe
 from gadfly.records import Message

@@ -10,14 +10,14 @@ import openai
 import pytest
 from fault_server import Fault, FaultServer, Ledger
 
-from gadfly.api_key import ApiKey
-from gadfly.chat_answer import ChatAnswer, RequestFailed, answer_of
-from gadfly.chat_api import ChatApi, NotAsked
-from gadfly.chat_request import ChatRequest
+from gadfly.api.api_key import ApiKey
+from gadfly.api.chat_answer import ChatAnswer, RequestFailed, answer_of
+from gadfly.api.chat_api import ChatApi, NotAsked
+from gadfly.api.chat_request import ChatRequest
+from gadfly.api.spending import NOTHING
 from gadfly.config import ApiConfig
 from gadfly.errors import ApiError, ConfigError
 from gadfly.records import Message
-from gadfly.spending import NOTHING
 
 KEY = "zq-0123456789-SECRET-abcdef"
 QUESTION = (Message("user", "2+2?"),)

@@ -18,9 +18,9 @@ import pytest
 from collecting import KEY, SOURCE, Desk
 from fault_server import Fault, FaultServer, Ledger, ServerProcess, fault_process, settled_ledger
 
-from gadfly.collected import collected
 from gadfly.config import Recipe
-from gadfly.dataset import load_rows
+from gadfly.data.collected import collected
+from gadfly.data.dataset import load_rows
 from gadfly.recipe_file import load_recipe
 from gadfly.run_folder import RunFolder
 from gadfly.stages.collect import collect

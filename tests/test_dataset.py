@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gadfly.dataset import (
+from gadfly.data.dataset import (
     hold_out,
     load_rows,
     normalised_prompt,

@@ -10,9 +10,9 @@ import torch
 from side_by_side import side_by_side
 from tiny import sharp_model
 
+from gadfly.distributed.processes import Processes
 from gadfly.errors import AlarmError
 from gadfly.logprobs import log_distribution
-from gadfly.processes import Processes
 from gadfly.samplers import Canary, DealtSampler, LocalSampler, Request, Sample
 
 NEVER = frozenset({258})

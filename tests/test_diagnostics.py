@@ -14,11 +14,11 @@ from torch import nn
 
 from gadfly.config import DiscriminatorConfig
 from gadfly.discriminator import Scores, new_discriminator, read_scores
+from gadfly.distributed.processes import Processes
 from gadfly.engine import Engine
 from gadfly.engine.movement import Movement
 from gadfly.groups import Branch, Group
 from gadfly.objectives import discriminator_objective
-from gadfly.processes import Processes
 from gadfly.stages.diagnostics import Metrics, discriminator_metrics
 
 TIED, MATCHED, CORRELATION = (

@@ -23,11 +23,11 @@ from gadfly.discriminator import (
     read_scores,
     save_discriminator,
 )
+from gadfly.distributed.processes import Processes
 from gadfly.engine import Engine
 from gadfly.errors import CheckpointError, UserError
 from gadfly.groups import Branch, Group, reread, teacher_group
 from gadfly.packing import MicroBatch
-from gadfly.processes import Processes
 from gadfly.recipe_file import load_recipe
 from gadfly.records import Message, Row, TeacherResponse
 from gadfly.stages.roles import open_discriminator, open_student

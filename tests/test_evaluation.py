@@ -15,12 +15,14 @@ from side_by_side import side_by_side
 from test_gad import draw, prompt_ids
 from transformers import AutoModelForCausalLM
 
+from gadfly.analysis.surface_features import Written, surface_accuracy
+from gadfly.analysis.tell import Pair, tell_accuracy
 from gadfly.checkpoint import latest_checkpoint
 from gadfly.discriminator import load_discriminator
+from gadfly.distributed.processes import Processes
 from gadfly.groups import Branch, Group
 from gadfly.metrics import without_time
 from gadfly.packing import micro_batches
-from gadfly.processes import Processes
 from gadfly.recipe_file import load_recipe
 from gadfly.records import Row
 from gadfly.run_folder import RunFolder
@@ -32,8 +34,6 @@ from gadfly.stages.held_out import perturbation_shares
 from gadfly.stages.perturbations import PERTURBATIONS
 from gadfly.stages.run import open_run
 from gadfly.stages.warmup import warmup
-from gadfly.surface_features import Written, surface_accuracy
-from gadfly.tell import Pair, tell_accuracy
 
 PROMPTS = 24
 # Texts of the random model hold broken UTF-8, white space and marks; the teacher's end in a mark.

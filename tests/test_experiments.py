@@ -14,7 +14,7 @@ from experiments.experiment import FOLDER, Claim, load_experiment, names
 from experiments.pages import page
 from experiments.ranking import in_group_ranking, rank_share
 from experiments.results import Results
-from gadfly.dataset import load_rows
+from gadfly.data.dataset import load_rows
 from gadfly.discriminator import load_discriminator, read_scores
 from gadfly.engine import Engine
 from gadfly.errors import ConfigError

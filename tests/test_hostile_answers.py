@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
 
-from gadfly.batch_rows import BatchRows
-from gadfly.chat_answer import ChatAnswer, RequestFailed, answer_of
-from gadfly.chat_api import ChatApi
+from gadfly.api.batch_rows import BatchRows
+from gadfly.api.chat_answer import ChatAnswer, RequestFailed, answer_of
+from gadfly.api.chat_api import ChatApi
+from gadfly.api.spending import Spending
 from gadfly.config import ApiConfig
-from gadfly.spending import Spending
 from gadfly.stages.judge.pairwise_protocol import parse_preference
 from gadfly.stages.judge.score_protocol import parse_scores
 from gadfly.visible_text import visible

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from gadfly.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from gadfly.errors import CheckpointError, GadflyError, UserError
-from gadfly.model_shape import read_shape
 from gadfly.models import load_language_model
 from gadfly.replay import Replay
+from gadfly.sizing.model_shape import read_shape
 from gadfly.tensor_files import check_tensors
 
 DEEP = b"[" * 100_000

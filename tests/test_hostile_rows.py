@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gadfly.dataset import load_rows
+from gadfly.data.dataset import load_rows
 from gadfly.errors import DataError
 
 # Lines that are no row, each with the reason it is counted under.

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_runs import a_run
 
-from gadfly.batch_book import BOOK_FILE, BatchBook
+from gadfly.api.batch_book import BOOK_FILE, BatchBook
+from gadfly.api.paid_answers import PaidAnswers, charged_to, usage_of
 from gadfly.errors import GadflyError, RunFolderError
-from gadfly.paid_answers import PaidAnswers, charged_to, usage_of
 from gadfly.run_folder import RunFolder
 from gadfly.stages.watch import Watched, snapshot
 

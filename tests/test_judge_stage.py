@@ -401,7 +401,7 @@ def test_answers_to_other_prompts_under_the_same_ids_are_not_judged(generated: F
 def test_the_model_that_tells_is_opened_once(
     generated: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gadfly import tell_model
+    from gadfly.analysis import tell_model
 
     recipe = generated({"gad": lambda n: f"good {n}"}, num_prompts=20)
     recipe.write_text(recipe.read_text().replace('= "test.jsonl" }', '= "test.jsonl", more = "test.jsonl" }'))

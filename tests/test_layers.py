@@ -20,9 +20,6 @@ LAYERS = (
         "models",
         "logprobs",
         "lora",
-        "ranks",
-        "heartbeats",
-        "ray_launch",
         "attention",
         "shared_prompt",
         "discriminator",
@@ -32,54 +29,30 @@ LAYERS = (
         "tensor_files",
         "disk_refusals",
         "late_files",
-        "end_requests",
-        "tell_model",
-        "model_shape",
-        "activations",
-        "memory_plan",
-        "step_cost",
+        "distributed",
+        "sizing",
+        "analysis/tell_model",
     ),
     (
         "config",
         "recipe_file",
-        "chat_api",
-        "api_key",
-        "chat_answer",
-        "chat_request",
-        "rate_limits",
-        "spending",
-        "paid_answers",
-        "asking",
-        "batches",
-        "batch_book",
-        "batch_calls",
-        "batch_rows",
-        "marks",
-        "collected",
-        "tell",
-        "win_rates",
+        "api",
+        "data",
+        "analysis",
+        "alarms",
+        "distributed/__init__",
+        "distributed/processes",
         "records",
-        "dataset",
-        "teachers",
         "reward_functions",
-        "row_formats",
-        "row_sources",
         "run_folder",
         "run_files",
         "stored_json",
         "shared_run_folder",
-        "processes",
         "model_identity",
         "metrics",
         "statistics",
-        "alarms",
         "text_metrics",
         "visible_text",
-        "surface_features",
-        "near_duplicates",
-        "audit_findings",
-        "audit_answers",
-        "audit_prompts",
         "trackers",
         "console",
         "errors",
@@ -91,8 +64,15 @@ KNOWS_TEXT = len(LAYERS) - 1
 
 
 def room(path: Path) -> str:
-    """The module or package directly under gadfly that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """What of the layers a file belongs to: itself, or the package directly under gadfly that it is in."""
+    own = path.relative_to(PACKAGE).with_suffix("").as_posix()
+    return own if own in DEPTH else own.split("/")[0]
+
+
+def depth_of(imported: str) -> int:
+    """The layer of a full name under gadfly."""
+    _, first, *rest = imported.split(".")
+    return DEPTH.get("/".join([first, *rest[:1]]), DEPTH.get(first, KNOWS_TEXT))
 
 
 def imports(tree: ast.AST, *, lazy: bool) -> Iterator[str]:
@@ -130,8 +110,7 @@ def test_imports_go_down() -> None:
         for path in FILES
         # `gadfly/__init__.py` registers the demo's model type, lazily.
         for imported in imports(parsed(path), lazy=room(path) != "__init__")
-        if imported.startswith("gadfly.")
-        and DEPTH.get(imported.split(".")[1], KNOWS_TEXT) < DEPTH[room(path)]
+        if imported.startswith("gadfly.") and depth_of(imported) < DEPTH[room(path)]
     ]
     assert up == []
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gadfly.marks import mark_of
+from gadfly.data.marks import mark_of
 
 
 @pytest.mark.parametrize(

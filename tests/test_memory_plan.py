@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 
 from benchmarks.plan import predicted_and_measured
 from benchmarks.subjects import Shape, Size
-from gadfly.activations import Packed, Passes, backward_bytes, head_bytes, kept_bytes
 from gadfly.cli import app
 from gadfly.errors import ConfigError, UserError
 from gadfly.logprobs import chunked_logprobs
-from gadfly.memory_plan import Workload, background_bytes, plan_memory, smallest_number_of_gpus
-from gadfly.model_shape import read_shape, shape_of
 from gadfly.recipe_file import load_recipe
+from gadfly.sizing.activations import Packed, Passes, backward_bytes, head_bytes, kept_bytes
+from gadfly.sizing.memory_plan import Workload, background_bytes, plan_memory, smallest_number_of_gpus
+from gadfly.sizing.model_shape import read_shape, shape_of
+from gadfly.sizing.step_cost import step_cost
 from gadfly.stages.plan import parse_size, plan
-from gadfly.step_cost import step_cost
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SMALL = Size(hidden=64, intermediate=192, layers=3, heads=4, key_heads=2, vocabulary=8192)

@@ -3,7 +3,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gadfly.near_duplicates import SIMILAR, near_duplicates
+from gadfly.analysis.near_duplicates import SIMILAR, near_duplicates
 
 WORDS = [f"{a}{b}{c}" for a in ("ko", "lu", "ma") for b in ("ri", "sto", "pen") for c in ("da", "vel", "x")]
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gadfly.config import RewardConfig
-from gadfly.dataset import load_rows
+from gadfly.data.dataset import load_rows
+from gadfly.data.teachers import of_teachers
 from gadfly.errors import CheckpointError, ConfigError, DataError, RunFolderError, UserError
 from gadfly.groups import Branch, Group
 from gadfly.losses import group_advantages
@@ -28,7 +29,6 @@ from gadfly.stages.gad import gad
 from gadfly.stages.rewards import Rewards
 from gadfly.stages.run import open_run
 from gadfly.stages.warmup import warmup
-from gadfly.teachers import of_teachers
 
 ALL = (
     "gad.discriminator_rests_above=0.6",

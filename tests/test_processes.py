@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from gadfly.checkpoint import open_checkpoint
-from gadfly.end_requests import EndRequests
-from gadfly.heartbeats import Heartbeats, Status
+from gadfly.distributed.end_requests import EndRequests
+from gadfly.distributed.heartbeats import Heartbeats, Status
+from gadfly.distributed.processes import Processes, deal
 from gadfly.metrics import without_time
-from gadfly.processes import Processes, deal
 
 FAULTY = Path(__file__).with_name("faulty_rank.py")
 EXACT = "student.dtype=float64"
@@ -51,7 +51,7 @@ def ranks_do(size: int, folder: Path, work: str) -> list[str]:
     program = f"""
 import os
 from gadfly.errors import GadflyError
-from gadfly.ranks import open_ranks
+from gadfly.distributed.ranks import open_ranks
 
 {textwrap.dedent(work)}
 

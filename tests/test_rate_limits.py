@@ -6,7 +6,7 @@ from email.utils import formatdate
 
 import pytest
 
-from gadfly.rate_limits import Places, RateLimits, retry_after_seconds, seconds_of
+from gadfly.api.rate_limits import Places, RateLimits, retry_after_seconds, seconds_of
 
 
 def seconds_for(limits: RateLimits, count: int, tokens: float = 1.0) -> float:

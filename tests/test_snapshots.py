@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gadfly.config import DiscriminatorConfig
 from gadfly.discriminator import load_discriminator, new_discriminator, read_scores, save_discriminator
+from gadfly.distributed.processes import Processes
 from gadfly.engine import Engine
 from gadfly.lora import SharedBase
 from gadfly.models import load_language_model
-from gadfly.processes import Processes
 from gadfly.stages.snapshots import Snapshot, earlier_discriminators, with_snapshot
 
 GROUPS = random_groups(3, 6)

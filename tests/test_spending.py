@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gadfly.api.spending import BudgetSpent, Spending, Usage
 from gadfly.config import ApiConfig
-from gadfly.spending import BudgetSpent, Spending, Usage
 
 PRICE = {"input": 2e5, "output": 1e6}  # 0.2 and 1 dollar a token
 

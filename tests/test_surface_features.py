@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gadfly.analysis.surface_features import MIN_PAIRS, Written, surface_accuracy, surface_features
 from gadfly.errors import DataError
-from gadfly.surface_features import MIN_PAIRS, Written, surface_accuracy, surface_features
 
 WORDS = ["the", "a", "cat", "dog", "sees", "runs", "and", "far", "away", "under", "blue", "old", "house"]
 

@@ -15,9 +15,9 @@ from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gadfly.dataset import load_rows
+from gadfly.analysis.tell import MIN_PROMPTS, Pair, halves, same_length, tell_accuracy
+from gadfly.data.dataset import load_rows
 from gadfly.errors import DataError, UserError
-from gadfly.tell import MIN_PROMPTS, Pair, halves, same_length, tell_accuracy
 
 # A few words are common and most are rare, as in a language.
 WORDS = [f"w{number}" for number in range(300)]
@@ -259,7 +259,7 @@ def test_equal_answers_are_embedded_once_so_that_rounding_cannot_part_them():
 
 def test_telling_by_words_needs_no_torch():
     program = (
-        "import sys; from gadfly.tell import Pair, tell_accuracy;"
+        "import sys; from gadfly.analysis.tell import Pair, tell_accuracy;"
         "tell_accuracy([Pair(str(n), 'yes', 'no') for n in range(20)]);"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
@@ -355,7 +355,7 @@ def slow_features(folder: Path, prompt: str, response: str, context: int) -> np.
 def test_embedder_gives_the_mean_of_the_responses_last_hidden_states(
     model: str, context: int, request: pytest.FixtureRequest
 ):
-    from gadfly.tell_model import open_embedder
+    from gadfly.analysis.tell_model import open_embedder
 
     folder = request.getfixturevalue(model)
     rng = random.Random(0)
@@ -374,7 +374,7 @@ def test_embedder_gives_the_mean_of_the_responses_last_hidden_states(
 
 
 def test_a_response_without_a_token_has_zeros(tiny_model: Path):
-    from gadfly.tell_model import open_embedder
+    from gadfly.analysis.tell_model import open_embedder
 
     features = open_embedder(str(tiny_model))(["a", "", ""], ["", "", "b"])
     assert not features[:2].any()
@@ -382,7 +382,7 @@ def test_a_response_without_a_token_has_zeros(tiny_model: Path):
 
 
 def test_a_real_model_tells_a_trait_and_not_a_text_from_itself(stories: Path):
-    from gadfly.tell_model import open_embedder
+    from gadfly.analysis.tell_model import open_embedder
 
     embed = open_embedder(str(stories))
     rng = random.Random(0)
@@ -399,7 +399,7 @@ def test_a_real_model_tells_a_trait_and_not_a_text_from_itself(stories: Path):
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path):
-    from gadfly.tell_model import open_embedder
+    from gadfly.analysis.tell_model import open_embedder
 
     with pytest.raises(UserError, match=r"^model '.*none' cannot be opened: .*$"):
         open_embedder(str(tmp_path / "none"))
@@ -408,7 +408,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path):
 def test_an_encoder_without_a_pooler_is_opened(tiny_roberta: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, RobertaForMaskedLM
 
-    from gadfly.tell_model import open_embedder
+    from gadfly.analysis.tell_model import open_embedder
 
     # As a masked language model is saved; its body is the same.
     RobertaForMaskedLM.from_pretrained(tiny_roberta).save_pretrained(tmp_path)

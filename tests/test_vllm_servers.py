@@ -34,9 +34,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 from wide_llama import wide_llama
 
+from gadfly.distributed.processes import Processes
 from gadfly.errors import AlarmError, ApiError, ConfigError, UserError
 from gadfly.models import load_language_model
-from gadfly.processes import Processes
 from gadfly.recipe_file import load_recipe
 from gadfly.samplers.canary import Canary
 from gadfly.samplers.dealt import DealtSampler

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from gadfly.win_rates import length_controlled_win_rate, win_rate
+from gadfly.analysis.win_rates import length_controlled_win_rate, win_rate
 
 VALUES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 MIRROR = {"win": "loss", "tie": "tie", "loss": "win"}

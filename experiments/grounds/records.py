@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments.ranking import in_group_ranking
 from gadfly.checkpoint import latest_checkpoint
-from gadfly.dataset import load_rows
+from gadfly.data.dataset import load_rows
 from gadfly.demo.demo import count_valid_answers
 from gadfly.demo.models import save_models
 from gadfly.demo.scripted_teacher import (

@@ -22,9 +22,9 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gadfly.disk_refusals import refusal_in
+from gadfly.distributed.processes import Processes
 from gadfly.errors import CheckpointError, RunFolderError
 from gadfly.late_files import await_files, sizes
-from gadfly.processes import Processes
 from gadfly.run_folder import hash_file, write_text
 from gadfly.stored_json import check_fields, parse_object
 

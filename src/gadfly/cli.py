@@ -188,7 +188,7 @@ def _do(name: str, recipe_path: Path, overrides: list[str] | None, allows_code: 
 
 def _do_by_ray(recipe_path: Path, overrides: list[str] | None, num_workers: int, allows_code: bool) -> Path:
     """Do all stages in Ray's workers, and return the run folder."""
-    from gadfly.ray_launch import launch  # noqa: PLC0415
+    from gadfly.distributed.ray_launch import launch  # noqa: PLC0415
     from gadfly.recipe_file import load_recipe  # noqa: PLC0415
 
     loaded = load_recipe(recipe_path, overrides or [])
@@ -217,11 +217,11 @@ def _open(recipe_path: Path, overrides: list[str] | None, allows_code: bool | No
 
 def _join_processes() -> AbstractContextManager[Any]:
     """The processes that torchrun started, or this one alone."""
-    from gadfly.processes import Processes  # noqa: PLC0415
+    from gadfly.distributed.processes import Processes  # noqa: PLC0415
 
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return contextlib.nullcontext(Processes())
-    from gadfly.ranks import open_ranks  # noqa: PLC0415  torch is needed by many processes only
+    from gadfly.distributed.ranks import open_ranks  # noqa: PLC0415  torch is needed by many processes only
 
     return open_ranks(_give_up)
 

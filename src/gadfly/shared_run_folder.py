@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from gadfly.processes import Processes
+from gadfly.distributed.processes import Processes
 from gadfly.run_folder import Record, RunFolder
 
 

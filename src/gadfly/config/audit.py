@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from gadfly.audit_findings import CATALOGUE
+from gadfly.analysis.audit_findings import CATALOGUE
 from gadfly.config.section import Count, Section
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gadfly.attention import takes_attention
 from gadfly.config import Optimizer
 from gadfly.discriminator import Scores
+from gadfly.distributed.processes import Processes, deal
 from gadfly.engine.precision import Precision
 from gadfly.engine.sharding import Reading, recompute_activations, reshard, shard, whole
 from gadfly.errors import AlarmError
@@ -23,7 +24,6 @@ from gadfly.groups import Group
 from gadfly.logprobs import Logprobs
 from gadfly.lora import left_out_of_saves
 from gadfly.packing import MicroBatch, cuts, filler, num_rows, num_tokens, pack
-from gadfly.processes import Processes, deal
 from gadfly.visible_text import few
 
 Output = TypeVar("Output", Logprobs, Scores)

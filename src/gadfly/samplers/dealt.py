@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from gadfly.processes import Processes, deal
+from gadfly.distributed.processes import Processes, deal
 from gadfly.samplers.sampler import Request, Sample, Sampler
 
 

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from gadfly.distributed.processes import Processes
 from gadfly.errors import ApiError
-from gadfly.processes import Processes
 from gadfly.samplers.canary import Canary, canary_text
 from gadfly.samplers.sampler import Request, Sample
 from gadfly.samplers.vllm_http import (

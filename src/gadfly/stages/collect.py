@@ -6,16 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from gadfly.asking import ask, spent_before
-from gadfly.batch_book import batches_at_provider, refuse_open_batches
-from gadfly.batches import ask_by_batch
-from gadfly.chat_request import Question
-from gadfly.collected import TEACHER_FILE, questions
-from gadfly.dataset import Dataset, load_rows
+from gadfly.api.asking import ask, spent_before
+from gadfly.api.batch_book import batches_at_provider, refuse_open_batches
+from gadfly.api.batches import ask_by_batch
+from gadfly.api.chat_request import Question
+from gadfly.api.paid_answers import PaidAnswers, usage_of
+from gadfly.api.spending import Spending, Usage, spell_dollars
+from gadfly.data.collected import TEACHER_FILE, questions
+from gadfly.data.dataset import Dataset, load_rows
 from gadfly.errors import ConfigError, RunFolderError
-from gadfly.paid_answers import PaidAnswers, usage_of
 from gadfly.run_folder import Record
-from gadfly.spending import Spending, Usage, spell_dollars
 from gadfly.stages.run import Run
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gadfly.analysis.tell import Pair, tell_accuracy
+from gadfly.distributed.processes import Processes
 from gadfly.errors import DataError, RunFolderError
 from gadfly.groups import Branch, Group
-from gadfly.processes import Processes
 from gadfly.run_folder import write_text
 from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.examples import Example
@@ -17,7 +18,6 @@ from gadfly.stages.held_out import HeldOut
 from gadfly.stages.roles import DiscriminatorRole, StudentRole
 from gadfly.stages.rollout import sample_groups
 from gadfly.stored_json import parse
-from gadfly.tell import Pair, tell_accuracy
 from gadfly.text_metrics import length_ratio, repetition, rouge_l
 
 # Greedy answers kept at each evaluation for the report.

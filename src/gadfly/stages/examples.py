@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from gadfly.chat_template import Renderer
-from gadfly.dataset import BadRow
+from gadfly.data.dataset import BadRow
 from gadfly.errors import DataError, UserError
 from gadfly.groups import Group, teacher_group
 from gadfly.records import Row

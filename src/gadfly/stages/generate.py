@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gadfly.checkpoint import latest_checkpoint, open_checkpoint
 from gadfly.config import TRAINING_STAGES
-from gadfly.dataset import Dataset, load_rows
+from gadfly.data.dataset import Dataset, load_rows
 from gadfly.errors import CheckpointError, ConfigError
 from gadfly.model_identity import model_identity
 from gadfly.records import Generation, generations_file

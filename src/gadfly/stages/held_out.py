@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gadfly.analysis.surface_features import MIN_PAIRS, Written, surface_accuracy
+from gadfly.distributed.processes import Processes
 from gadfly.groups import Branch, Group
-from gadfly.processes import Processes
 from gadfly.stages.diagnostics import Metrics, accuracy_and_gap, scores_by_group
 from gadfly.stages.examples import Example
 from gadfly.stages.perturbations import PERTURBATIONS
 from gadfly.stages.roles import DiscriminatorRole, StudentRole
 from gadfly.stages.rollout import sample_groups
 from gadfly.stages.snapshots import earlier_discriminators, with_snapshot
-from gadfly.surface_features import MIN_PAIRS, Written, surface_accuracy
 
 # A change that fewer answers are open to says nothing about the discriminator's habits.
 _LEAST_CHANGED = 0.1

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from importlib import import_module
 
-from gadfly.dataset import load_rows
+from gadfly.data.dataset import load_rows
 from gadfly.stages.run import Run
 
 logger = logging.getLogger(__name__)

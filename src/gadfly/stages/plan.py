@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from gadfly.config import Recipe
 from gadfly.errors import ConfigError, UserError
-from gadfly.memory_plan import (
+from gadfly.sizing.memory_plan import (
     USABLE_SHARE,
     MemoryPlan,
     Workload,
@@ -15,8 +15,8 @@ from gadfly.memory_plan import (
     plan_memory,
     smallest_number_of_gpus,
 )
-from gadfly.model_shape import read_shape
-from gadfly.step_cost import step_cost
+from gadfly.sizing.model_shape import read_shape
+from gadfly.sizing.step_cost import step_cost
 
 _UNITS = {"": 1, "B": 1, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
 _TYPES = {"float64": 8, "float32": 4, "bfloat16": 2}

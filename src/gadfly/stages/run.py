@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import gadfly
-from gadfly.collected import collected
 from gadfly.config import Recipe
-from gadfly.dataset import BadRow, hold_out, load_rows, normalised_prompt
+from gadfly.data.collected import collected
+from gadfly.data.dataset import BadRow, hold_out, load_rows, normalised_prompt
+from gadfly.data.teachers import of_teachers
+from gadfly.distributed.processes import Processes
 from gadfly.errors import ConfigError, RunFolderError
 from gadfly.model_identity import model_identity
-from gadfly.processes import Processes
 from gadfly.records import Row
 from gadfly.reward_functions import RewardFunction, code_identity
 from gadfly.run_folder import RunFolder, stage_settings
 from gadfly.shared_run_folder import SharedRunFolder
-from gadfly.teachers import of_teachers
 from gadfly.trackers import Tracker, open_trackers
 
 logger = logging.getLogger(__name__)

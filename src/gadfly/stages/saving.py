@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gadfly.checkpoint import Checkpoint, save_checkpoint
 from gadfly.discriminator import Scores
+from gadfly.distributed.processes import Processes
 from gadfly.engine import Engine
 from gadfly.logprobs import Logprobs
-from gadfly.processes import Processes
 from gadfly.tensor_files import save_tensors
 
 Engines = Mapping[str, Engine[Logprobs] | Engine[Scores]]

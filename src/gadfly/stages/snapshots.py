@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gadfly.checkpoint import checkpoint_steps
+from gadfly.distributed.processes import Processes
 from gadfly.errors import CheckpointError
-from gadfly.processes import Processes
 from gadfly.tensor_files import check_tensors, load_tensors
 
 logger = logging.getLogger(__name__)

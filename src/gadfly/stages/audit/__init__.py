@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gadfly.checkpoint import Checkpoint, latest_checkpoint
-from gadfly.dataset import load_rows
+from gadfly.data.dataset import load_rows
 from gadfly.errors import AlarmError, CheckpointError
 from gadfly.records import Row
 from gadfly.stages.audit.looking import look

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gadfly.chat_template import Renderer
-from gadfly.dataset import prompt_hash_fraction
+from gadfly.data.dataset import prompt_hash_fraction
 from gadfly.errors import DataError
 from gadfly.groups import Branch, Group, teacher_group
 from gadfly.records import Row

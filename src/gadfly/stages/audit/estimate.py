@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from gadfly.audit_findings import Finding
+from gadfly.analysis.audit_findings import Finding
 from gadfly.config import GadConfig, Recipe, Training, WarmupConfig
 from gadfly.errors import UserError
-from gadfly.memory_plan import Workload, checkpoint_bytes, plan_memory
+from gadfly.sizing.memory_plan import Workload, checkpoint_bytes, plan_memory
 from gadfly.stages.plan import workload
 from gadfly.stages.run import Run
 

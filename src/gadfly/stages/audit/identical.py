@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gadfly.audit_findings import Finding
+from gadfly.analysis.audit_findings import Finding
 from gadfly.chat_template import Renderer, has_invalid_utf8
 from gadfly.discriminator import Scores, load_discriminator, new_discriminator, read_scores
 from gadfly.engine import Engine

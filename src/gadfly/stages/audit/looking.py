@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gadfly.audit_answers import (
+from gadfly.analysis.audit_answers import (
     Answer,
     Role,
     describe,
@@ -16,7 +16,8 @@ from gadfly.audit_answers import (
     judge_teacher,
     proposed_cap,
 )
-from gadfly.audit_prompts import find_leaks, judge_leaks, judge_prompts, pairing
+from gadfly.analysis.audit_prompts import find_leaks, judge_leaks, judge_prompts, pairing
+from gadfly.analysis.surface_features import MIN_PAIRS, SurfaceTest, Written, surface_accuracy
 from gadfly.chat_template import Renderer
 from gadfly.errors import DataError
 from gadfly.records import Row, TeacherResponse
@@ -26,7 +27,6 @@ from gadfly.stages.audit.identical import score_twice
 from gadfly.stages.audit.rendering import control_strings, template_findings, token_findings
 from gadfly.stages.run import Run
 from gadfly.statistics import share
-from gadfly.surface_features import MIN_PAIRS, SurfaceTest, Written, surface_accuracy
 
 # Pairs of nearly equal prompts that are shown.
 _SHOWN = 10

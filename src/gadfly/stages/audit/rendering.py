@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gadfly.audit_findings import Finding
+from gadfly.analysis.audit_findings import Finding
 from gadfly.chat_template import Renderer
 from gadfly.records import TeacherResponse
 from gadfly.statistics import share

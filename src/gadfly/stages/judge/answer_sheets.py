@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gadfly.dataset import load_rows
+from gadfly.data.dataset import load_rows
 from gadfly.errors import ConfigError, UserError
 from gadfly.records import Row, generations_file
 from gadfly.stages.judge.bench import ANSWERS_FILE

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from gadfly.asking import ask
-from gadfly.chat_request import ChatRequest, Question, parameters_of
+from gadfly.api.asking import ask
+from gadfly.api.chat_request import ChatRequest, Question, parameters_of
+from gadfly.api.paid_answers import PaidAnswers
 from gadfly.config import JudgeConfig
 from gadfly.errors import ConfigError
-from gadfly.paid_answers import PaidAnswers
 from gadfly.records import Message
 from gadfly.run_folder import Record
 from gadfly.stages.run import Run

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
+from gadfly.analysis.win_rates import Outcome, length_controlled_win_rate, win_rate
 from gadfly.errors import UserError
 from gadfly.run_folder import Record
 from gadfly.stages.judge.answer_sheets import TEACHER, AnswerSheet
@@ -13,7 +14,6 @@ from gadfly.stages.judge.judge_prompt import load_prompt
 from gadfly.stages.judge.pairwise_protocol import Preference, outcome, parse_preference
 from gadfly.stages.run import Run
 from gadfly.statistics import mean
-from gadfly.win_rates import Outcome, length_controlled_win_rate, win_rate
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ it is preferred in both.
 import re
 from typing import Literal
 
+from gadfly.analysis.win_rates import Outcome
 from gadfly.stages.judge.judge_prompt import after_reasoning
-from gadfly.win_rates import Outcome
 
 Preference = Literal["first", "second", "tie"]
 """Which answer the judge preferred, by the place where it read it."""

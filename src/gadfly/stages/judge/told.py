@@ -2,10 +2,10 @@
 
 import logging
 
+from gadfly.analysis.tell import MIN_PROMPTS, Embed, Pair, same_length, tell_accuracy
 from gadfly.stages.judge.answer_sheets import TEACHER, AnswerSheet
 from gadfly.stages.run import Run
 from gadfly.statistics import Figure
-from gadfly.tell import MIN_PROMPTS, Embed, Pair, same_length, tell_accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,6 @@ def embedder(run: Run) -> Embed | None:
     """
     if run.recipe.judge.tell_model is None:
         return None
-    from gadfly.tell_model import open_embedder  # noqa: PLC0415  needs torch
+    from gadfly.analysis.tell_model import open_embedder  # noqa: PLC0415  needs torch
 
     return open_embedder(run.recipe.judge.tell_model)

@@ -7,8 +7,8 @@ gathered and given back; on more than one process each also holds a whole copy o
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from gadfly.activations import Packed, Passes, backward_bytes, head_bytes, kept_bytes
-from gadfly.model_shape import ModelShape
+from gadfly.sizing.activations import Packed, Passes, backward_bytes, head_bytes, kept_bytes
+from gadfly.sizing.model_shape import ModelShape
 
 ADAPTER_BYTES = 4
 """Of a number of an adapter, which is trained in single precision."""
@@ -154,7 +154,7 @@ def plan_memory(work: Workload) -> MemoryPlan:
     """The bytes of a process.
 
     Example:
-        >>> from gadfly.model_shape import shape_of
+        >>> from gadfly.sizing.model_shape import shape_of
         >>> from transformers import Qwen2Config
         >>> shape = shape_of(Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
         ...     num_attention_heads=14, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True))

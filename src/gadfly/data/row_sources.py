@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from gadfly.data.row_formats import FIELDS, BadField, excerpt
 from gadfly.errors import DataError
-from gadfly.row_formats import FIELDS, BadField, excerpt
 
 # NAME or OWNER/NAME, each starting like a word: anything else can only have been meant as a path.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

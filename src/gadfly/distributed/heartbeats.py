@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gadfly.end_requests import EndRequests
+from gadfly.distributed.end_requests import EndRequests
 
 _BEAT_SECONDS = 0.5
 # After a failure, a rank is taken for gone once it has been silent for this long.

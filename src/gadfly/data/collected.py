@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from gadfly.chat_request import ChatRequest, Question, parameters_of
+from gadfly.api.chat_request import ChatRequest, Question, parameters_of
+from gadfly.api.paid_answers import answers_of
 from gadfly.config import Recipe
-from gadfly.dataset import Dataset, gather, load_rows
-from gadfly.paid_answers import answers_of
+from gadfly.data.dataset import Dataset, gather, load_rows
 from gadfly.records import Message, Row
 from gadfly.run_folder import RunFolder
 

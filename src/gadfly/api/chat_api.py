@@ -16,14 +16,14 @@ from typing import Any
 
 import openai
 
-from gadfly.api_key import ApiKey
-from gadfly.chat_answer import ChatAnswer, RequestFailed, answer_of
-from gadfly.chat_request import ChatRequest, parameters_of
+from gadfly.api.api_key import ApiKey
+from gadfly.api.chat_answer import ChatAnswer, RequestFailed, answer_of
+from gadfly.api.chat_request import ChatRequest, parameters_of
+from gadfly.api.rate_limits import Places, RateLimits, retry_after_seconds
+from gadfly.api.spending import NOTHING, Spending
 from gadfly.config import ApiConfig
 from gadfly.errors import ApiError, ConfigError
-from gadfly.rate_limits import Places, RateLimits, retry_after_seconds
 from gadfly.records import Message
-from gadfly.spending import NOTHING, Spending
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 60.0
 # A server that never answered is given up so soon, and a connection is made within so long.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gadfly.dataset import normalised_prompt, prompt_hash_fraction
+from gadfly.data.dataset import normalised_prompt, prompt_hash_fraction
 from gadfly.errors import DataError
 from gadfly.records import Message
 from gadfly.statistics import Figure, mean

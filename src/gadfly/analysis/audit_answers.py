@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gadfly.audit_findings import Finding
-from gadfly.marks import mark_of
+from gadfly.analysis.audit_findings import Finding
+from gadfly.analysis.surface_features import SurfaceTest, Written
+from gadfly.data.marks import mark_of
 from gadfly.statistics import Figure, mean, share
-from gadfly.surface_features import SurfaceTest, Written
 
 # From here on a share is spoken of. A warning costs a minute, a run without one weeks.
 _NOTABLE = 0.05

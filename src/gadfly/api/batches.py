@@ -12,18 +12,26 @@ from collections.abc import Sequence
 
 from openai.types import Batch, BatchError
 
-from gadfly.asking import Outcome, ended, has_good_answer, rejected_row, row_of, run_stoppable, spent_before
-from gadfly.batch_book import BOOK_FILE, BatchBook, OpenBatch, Submission
-from gadfly.batch_calls import BatchCalls
-from gadfly.batch_rows import BatchRows
-from gadfly.chat_answer import ChatAnswer, RequestFailed
-from gadfly.chat_api import ChatApi
-from gadfly.chat_request import Question
+from gadfly.api.asking import (
+    Outcome,
+    ended,
+    has_good_answer,
+    rejected_row,
+    row_of,
+    run_stoppable,
+    spent_before,
+)
+from gadfly.api.batch_book import BOOK_FILE, BatchBook, OpenBatch, Submission
+from gadfly.api.batch_calls import BatchCalls
+from gadfly.api.batch_rows import BatchRows
+from gadfly.api.chat_answer import ChatAnswer, RequestFailed
+from gadfly.api.chat_api import ChatApi
+from gadfly.api.chat_request import Question
+from gadfly.api.paid_answers import PaidAnswers
+from gadfly.api.spending import spell_dollars
 from gadfly.config import TeacherConfig
 from gadfly.errors import GadflyError
-from gadfly.paid_answers import PaidAnswers
 from gadfly.run_folder import Record, RunFolder
-from gadfly.spending import spell_dollars
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from gadfly.distributed.heartbeats import Heartbeats, Status
+from gadfly.distributed.processes import Processes
 from gadfly.errors import GadflyError, RanksError, UserError
-from gadfly.heartbeats import Heartbeats, Status
-from gadfly.processes import Processes
 
 T = TypeVar("T")
 

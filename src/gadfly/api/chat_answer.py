@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from openai.types.chat import ChatCompletion
 
-from gadfly.spending import NOTHING, Usage, is_count
+from gadfly.api.spending import NOTHING, Usage, is_count
 
 
 @dataclass(frozen=True)

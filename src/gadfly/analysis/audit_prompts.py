@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gadfly.audit_findings import Finding
-from gadfly.dataset import normalised_prompt
-from gadfly.near_duplicates import near_duplicates
+from gadfly.analysis.audit_findings import Finding
+from gadfly.analysis.near_duplicates import near_duplicates
+from gadfly.data.dataset import normalised_prompt
 from gadfly.records import Row
 from gadfly.statistics import Figure, mean
 

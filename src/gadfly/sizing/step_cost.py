@@ -6,8 +6,8 @@ An estimate from data sheets, measured on no machine.
 import math
 from dataclasses import dataclass
 
-from gadfly.memory_plan import ADAPTER_BYTES, Workload
-from gadfly.model_shape import ModelShape
+from gadfly.sizing.memory_plan import ADAPTER_BYTES, Workload
+from gadfly.sizing.model_shape import ModelShape
 
 GPU_FLOPS = 989e12
 """Products a second of an NVIDIA H100 SXM in bfloat16, dense, by its data sheet."""

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 
-from gadfly.dataset import BadRow, Dataset
+from gadfly.data.dataset import BadRow, Dataset
 from gadfly.errors import DataError
 from gadfly.records import Row
 from gadfly.visible_text import few

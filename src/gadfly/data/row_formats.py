@@ -12,7 +12,7 @@ import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from gadfly.marks import CUT, WITHHELD
+from gadfly.data.marks import CUT, WITHHELD
 from gadfly.records import Message, Row, TeacherResponse
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

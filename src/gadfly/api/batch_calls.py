@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from openai.types import Batch, FileObject
 
-from gadfly.batch_rows import ENDPOINT
-from gadfly.chat_answer import RequestFailed
-from gadfly.chat_api import ChatApi, wait_seconds
+from gadfly.api.batch_rows import ENDPOINT
+from gadfly.api.chat_answer import RequestFailed
+from gadfly.api.chat_api import ChatApi, wait_seconds
 from gadfly.run_folder import Record
 
 logger = logging.getLogger(__name__)

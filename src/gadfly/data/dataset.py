@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
+from gadfly.data.row_formats import BadField, excerpt, parse_row
+from gadfly.data.row_sources import read_rows
 from gadfly.errors import DataError
 from gadfly.records import Message, Row
-from gadfly.row_formats import BadField, excerpt, parse_row
-from gadfly.row_sources import read_rows
 
 
 @dataclass(frozen=True)

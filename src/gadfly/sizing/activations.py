@@ -9,7 +9,7 @@ Weights and gradients of the model itself are in `memory_plan.py`.
 
 from dataclasses import dataclass
 
-from gadfly.model_shape import ModelShape
+from gadfly.sizing.model_shape import ModelShape
 
 _SINGLE, _HALF = 4, 2
 # As `logprobs.py` has it: logits alive at once.

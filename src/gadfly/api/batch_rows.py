@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from openai.types.chat import ChatCompletion
 
-from gadfly.chat_answer import ChatAnswer, RequestFailed, answer_of
-from gadfly.chat_api import ChatApi
-from gadfly.chat_request import ChatRequest
+from gadfly.api.chat_answer import ChatAnswer, RequestFailed, answer_of
+from gadfly.api.chat_api import ChatApi
+from gadfly.api.chat_request import ChatRequest
 from gadfly.run_folder import Record
 
 ENDPOINT: Final = "/v1/chat/completions"

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator, Sequence
 from types import NoneType
 
-from gadfly.chat_request import Question
+from gadfly.api.chat_request import Question
+from gadfly.api.spending import Usage, is_count
 from gadfly.errors import RunFolderError
 from gadfly.run_folder import Record, RunFolder
-from gadfly.spending import Usage, is_count
 from gadfly.stored_json import Kind, check_fields
 
 # The system is told to bring rows to the disk itself this often; a killed process loses none in any case.

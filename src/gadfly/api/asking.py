@@ -11,15 +11,15 @@ from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from gadfly.chat_answer import ChatAnswer, RequestFailed
-from gadfly.chat_api import ChatApi, NotAsked
-from gadfly.chat_request import Question
+from gadfly.api.chat_answer import ChatAnswer, RequestFailed
+from gadfly.api.chat_api import ChatApi, NotAsked
+from gadfly.api.chat_request import Question
+from gadfly.api.paid_answers import PaidAnswers, charged_to
+from gadfly.api.spending import BudgetSpent, Spending, spell_dollars
 from gadfly.config import ApiConfig
+from gadfly.data.marks import mark_of
 from gadfly.errors import ApiError, GadflyError, UserError
-from gadfly.marks import mark_of
-from gadfly.paid_answers import PaidAnswers, charged_to
 from gadfly.run_folder import Record
-from gadfly.spending import BudgetSpent, Spending, spell_dollars
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from gadfly.api.spending import Usage
 from gadfly.config import ApiConfig
 from gadfly.records import Message
 from gadfly.run_folder import Record
-from gadfly.spending import Usage
 
 # What a chat template adds to a turn, and to the whole (a system prompt of its own), at most; and what an
 # answer without a cap is taken to hold for the pace.

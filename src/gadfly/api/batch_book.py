@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from types import NoneType
 from typing import Any
 
-from gadfly.chat_request import ChatRequest, Question
+from gadfly.api.chat_request import ChatRequest, Question
 from gadfly.errors import RunFolderError, UserError
 from gadfly.records import Message
 from gadfly.run_folder import Record, RunFolder, write_text

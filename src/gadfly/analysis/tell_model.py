@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from gadfly.analysis.tell import Embed
 from gadfly.models import open_pretrained
-from gadfly.tell import Embed
 
 # Padding included; 16 answers of 512 tokens.
 _BATCH_TOKENS = 8192

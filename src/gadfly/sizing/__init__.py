@@ -1,0 +1,1 @@
+"""What a run takes, by formula from model configs: memory, time, traffic."""
