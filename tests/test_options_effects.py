@@ -19,8 +19,8 @@ from gadfly.recipe_file import load_recipe
 from gadfly.records import Message, Row, TeacherResponse
 from gadfly.replay import Replay
 from gadfly.stages.diagnostics import discriminator_metrics
+from gadfly.stages.discriminator_step import DiscriminatorTrainer, UpdateSchedule
 from gadfly.stages.gad import gad
-from gadfly.stages.lesson import Lessons, Timetable
 from gadfly.stages.run import open_run
 from gadfly.stages.sft import seqkd
 from gadfly.stages.warmup import warmup
@@ -113,7 +113,9 @@ def test_replay_keeps_what_a_discriminator_had_learnt_when_its_student_moves_on(
         model, renderer = new_discriminator(str(tiny_model), "float32", seed=seed)
         config = DiscriminatorConfig(max_grad_norm=1.0)
         engine = Engine(model, read_scores, micro_batch_tokens=4096, optimizer=config)
-        lessons = Lessons(engine, config, [], Timetable(), Replay(num_replayed, steps=100, seed=0))
+        trainer = DiscriminatorTrainer(
+            engine, config, [], UpdateSchedule(), Replay(num_replayed, steps=100, seed=0)
+        )
         prompt = tuple(renderer.prompt_tokens([Message("user", "say")]))
 
         def group(right: str, wrong: str) -> Group:
@@ -126,7 +128,7 @@ def test_replay_keeps_what_a_discriminator_had_learnt_when_its_student_moves_on(
         first, second = group("b", "a"), group("a", "c")
         gaps = []
         for step in range(1, 61):
-            lessons(step, [first if step <= 30 else second], rests=False).step(5e-4)
+            trainer(step, [first if step <= 30 else second], rests=False).step(5e-4)
             if step > 30 and step % 5 == 0:
                 told = discriminator_metrics(engine.forward([first]), [first])
                 gaps.append(told["discriminator/score_gap"])

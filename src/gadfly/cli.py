@@ -90,7 +90,7 @@ def collect(
 
 _stage_command("audit", "What could tell teacher from student without reading, before anything is trained.")
 _stage_command("seqkd", "The baseline: SFT on the teacher's responses.")
-_stage_command("warmup", "SFT of the student, and the discriminator's first lessons on its fresh samples.")
+_stage_command("warmup", "SFT of the student, and the discriminator's first steps on its fresh samples.")
 _stage_command("audit-warmup", "The audit again, of the student that warmup made.")
 
 

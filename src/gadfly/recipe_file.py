@@ -242,7 +242,7 @@ def _suggestion(key: str) -> str:
 
 
 def _fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key a recipe may hold, dotted, in the order of `config.py`, sections included."""
+    """Every key a recipe may hold, dotted, in the order of the classes of `config`, sections included."""
     for key, field in section.model_fields.items():
         yield f"{prefix}{key}", field
         if inner := _section_of(field):

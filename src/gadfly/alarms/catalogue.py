@@ -16,7 +16,7 @@ _FAST_DISCRIMINATOR = {"{stage}.discriminator_learning_rate": Change(2.0, at_mos
 ALARMS: tuple[Kind, ...] = (
     Kind(
         "not-finite",
-        "Numbers that are no numbers",
+        "Non-finite values",
         "a loss, a gradient or another metric is nan or infinite; a loss or a gradient stops the step before "
         "anything is updated",
         (),
@@ -28,7 +28,7 @@ ALARMS: tuple[Kind, ...] = (
     Kind(
         "nothing-moves",
         "Nothing is trained",
-        "more than two thirds of a role's trained tensors do not change at its steps",
+        "70 % or more of a role's trained tensors do not change at its steps",
         ("detail/still_fraction/student", "detail/still_fraction/discriminator"),
         "A learning rate of 0 or below the rounding of the weights' type, or a model that takes no gradient.",
         'Raise the learning rate of that role, or set student.dtype = "float32".',

@@ -19,7 +19,7 @@ _TURN_TOKENS, _TEMPLATE_TOKENS, _USUAL_RESPONSE_TOKENS = 16, 64, 512
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One question: who is asked, what, with which parameters, for the how-manieth time.
+    """One question: who is asked, what, with which parameters, and which sample of it this is.
 
     Example:
         >>> ask = ChatRequest("gpt-4o", (Message("user", "2+2?"),), {"temperature": 1.0})

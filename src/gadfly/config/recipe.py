@@ -22,7 +22,7 @@ from gadfly.config.training import (
     WarmupConfig,
 )
 
-TRAINING_STAGES = ("seqkd", "seqkd-equal-time", "discriminator-lm", "warmup", "gad")
+TRAINING_STAGES = ("seqkd", "discriminator-lm", "warmup", "gad", "seqkd-equal-time")
 """Stages with checkpoints, each in the folder of its name."""
 
 # The best rate of LoRA is about ten times that of full fine-tuning, whatever the rank (Schulman et al., 2025,

@@ -110,7 +110,7 @@ class SeqkdConfig(Training):
 
 
 class WarmupConfig(Training):
-    """SFT of the student while the discriminator learns to tell its fresh samples from the teacher."""
+    """SFT of the student while the discriminator learns to tell its samples from the teacher's responses."""
 
     group_size: Count = 8
     """Fresh samples a prompt for the discriminator."""
@@ -154,7 +154,7 @@ class GadConfig(Training):
     discriminator_learning_rate: PositiveRate | None = None
     """The discriminator's in this stage. Default: `discriminator.learning_rate`."""
     discriminator_every: Count = 1
-    """The discriminator takes a step at every n-th step of the student; its scores are the reward at all."""
+    """The discriminator takes a step at every n-th step of the student; its score is the reward at every one."""
     discriminator_rests_above: Annotated[float, Field(ge=0.5, lt=1)] | None = None
     """The discriminator takes no step while its mean fresh accuracy over the last 5 steps is above this."""
     replay: Steps = 0

@@ -2,7 +2,7 @@
 
 A sample's random numbers follow from its request alone, as the local sampler's do, but vLLM computes in
 batches of its own choosing, and a rounding that turns out otherwise can flip a token. So a run that was
-stopped and gone on with is the same byte for byte with the local sampler only.
+resumed is the same byte for byte with the local sampler only.
 """
 
 import gc

@@ -9,19 +9,22 @@ from typing import Any
 from gadfly.checkpoint import Checkpoint, latest_checkpoint
 from gadfly.config import Training
 from gadfly.discriminator import Scores
+from gadfly.engine import Engine
 from gadfly.groups import Group
+from gadfly.logprobs import Logprobs
 from gadfly.lora import SharedBase
 from gadfly.replay import Replay
 from gadfly.samplers import Sample
 from gadfly.stages.diagnostics import Metrics
+from gadfly.stages.discriminator_step import RECENT_STEPS, DiscriminatorTrainer, UpdateSchedule
 from gadfly.stages.evaluation import Evaluation, frozen_probe
 from gadfly.stages.examples import Batches, Example, check_context, training_examples
-from gadfly.stages.lesson import RECENT_STEPS, Lessons, Timetable
 from gadfly.stages.loop import TrainingLoop, training_loop
 from gadfly.stages.roles import (
     DiscriminatorRole,
     StudentRole,
     open_discriminator,
+    open_reference,
     open_shared_base,
     open_student,
     restore_optimizer,
@@ -41,12 +44,12 @@ class Rollout:
 
     Attributes:
         groups: teacher and student branches, in the student's tokens.
-        told: the same as the discriminator reads them.
+        as_read: the same as the discriminator reads them.
         samples: as they were drawn, with the sampler's log-probabilities.
     """
 
     groups: list[Group]
-    told: list[Group]
+    as_read: list[Group]
     samples: list[list[Sample]]
 
 
@@ -80,16 +83,29 @@ class Adversaries:
         )
         return Rollout(groups, self.discriminator.view(groups, batch), samples)
 
-    def lessons(self, *, every: int = 1, rests_above: float | None = None) -> Lessons:
-        """The discriminator's lessons in this stage; see `Timetable` for when there are none."""
+    def discriminator_trainer(
+        self, *, every: int = 1, rests_above: float | None = None
+    ) -> DiscriminatorTrainer:
+        """What scores and trains the discriminator in this stage; see `UpdateSchedule` for when it rests."""
         recipe = self.run.recipe
         recent = [] if rests_above is None else self._recent_accuracies()
-        return Lessons(
+        return DiscriminatorTrainer(
             self.discriminator.engine,
             recipe.discriminator,
             list(recipe.data.teachers),
-            Timetable(every, rests_above, recent),
+            UpdateSchedule(every, rests_above, recent),
             self.replay,
+        )
+
+    def reference(self) -> Engine[Logprobs]:
+        """The student as the stage found it, frozen: what the KL term holds on to."""
+        assert self.start is not None, "there is a student before it"
+        return open_reference(
+            self.run,
+            self.start.path / "student",
+            temperature=self.run.recipe.sampling.temperature,
+            shared=self.shared,
+            student=self.student,
         )
 
     def _recent_accuracies(self) -> list[float]:

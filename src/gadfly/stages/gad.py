@@ -25,7 +25,7 @@ from gadfly.engine import scheduled_learning_rate
 from gadfly.errors import CheckpointError
 from gadfly.objectives import grpo_objective
 from gadfly.replay import Replay
-from gadfly.stages.adversaries import open_adversaries, sample_rows
+from gadfly.stages.adversaries import Adversaries, open_adversaries, sample_rows
 from gadfly.stages.diagnostics import (
     group_metrics,
     policy_metrics,
@@ -35,7 +35,6 @@ from gadfly.stages.diagnostics import (
 )
 from gadfly.stages.remedies import reopened
 from gadfly.stages.rewards import Rewards
-from gadfly.stages.roles import open_reference
 from gadfly.stages.run import Run
 
 
@@ -44,34 +43,16 @@ def gad(run: Run) -> None:
     """Train student and discriminator against each other, from warmup's end."""
     recipe, settings = run.recipe, run.recipe.gad
     advantages_of = Rewards(run)
-    start = run.processes.once("the start of gad", lambda: _start(run.alone()))
-    left = run.folder.begin("gad", {**run.stage_settings("discriminator", "gad"), "start": start.digest})
-    went_back = run.processes.once("gad.start_from", lambda: _go_back(run.alone()))
-    if not (went_back or left):
+    players = _open(run)
+    if players is None:
         return
-    players = open_adversaries(
-        run,
-        "gad",
-        settings,
-        temperature=recipe.sampling.temperature,
-        start=start,
-        replay=Replay(settings.replay, settings.replay_steps, recipe.seed),
-    )
     student = players.student
-    reference = None
-    if settings.kl_coefficient > 0:
-        reference = open_reference(
-            run,
-            start.path / "student",
-            temperature=recipe.sampling.temperature,
-            shared=players.shared,
-            student=student,
-        )
-    total = players.batches.total_steps(settings.epochs, settings.max_steps)
-    discriminator_rate = settings.discriminator_learning_rate or recipe.discriminator.learning_rate
-    lessons = players.lessons(
+    train_discriminator = players.discriminator_trainer(
         every=settings.discriminator_every, rests_above=settings.discriminator_rests_above
     )
+    reference = players.reference() if settings.kl_coefficient > 0 else None
+    discriminator_rate = settings.discriminator_learning_rate or recipe.discriminator.learning_rate
+    total = players.batches.total_steps(settings.epochs, settings.max_steps)
 
     with players.training_loop(total, settings) as loop:
         for step in loop:
@@ -79,9 +60,9 @@ def gad(run: Run) -> None:
             rollout = players.rollout(step, settings.group_size, batch)
             loop.mark("sample")
 
-            # One pass of D: its scores are the reward, the gradients of its Bradley-Terry loss its lesson.
-            lesson = lessons(step, rollout.told, rests=loop.discriminator_rests)
-            rewards = student_scores(lesson.scores, rollout.told)
+            # One pass of D: its scores are the reward, and its Bradley-Terry loss leaves its gradients.
+            judged = train_discriminator(step, rollout.as_read, rests=loop.discriminator_rests)
+            rewards = student_scores(judged.scores, rollout.as_read)
             advantages, shares = advantages_of(rewards, batch, rollout.groups)
             loop.mark("discriminator")
 
@@ -99,18 +80,17 @@ def gad(run: Run) -> None:
             logprobs, student_loss = student.engine.forward_backward(student_groups, student_objective)
 
             # Both gradients are checked before either model moves.
-            lesson.check_gradients()
+            judged.clip_gradients()
             student_norm = student.engine.clip_gradients()
-            lesson.step(discriminator_rate)
+            judged.step(discriminator_rate)
             student_rate = scheduled_learning_rate(
                 settings.learning_rate, settings.learning_rate_schedule, step, total
             )
-            student.engine.step(student_rate)
-            student.sampler.update(student.engine.weights())
+            student.step(student_rate)
             loop.mark("student")
 
             loop.log(
-                lesson.metrics
+                judged.metrics
                 | shares
                 | {
                     "student/loss": student_loss,
@@ -123,7 +103,25 @@ def gad(run: Run) -> None:
                 | rollout_metrics(rollout.groups)
             )
             if loop.is_evaluated(step):
-                loop.log_samples(sample_rows(rollout, batch, lesson.scores))
+                loop.log_samples(sample_rows(rollout, batch, judged.scores))
+
+
+def _open(run: Run) -> Adversaries | None:
+    """Both players where the stage starts or goes on; None if it is done."""
+    settings = run.recipe.gad
+    start = run.processes.once("the start of gad", lambda: _start(run.alone()))
+    left = run.folder.begin("gad", {**run.stage_settings("discriminator", "gad"), "start": start.digest})
+    went_back = run.processes.once("gad.start_from", lambda: _go_back(run.alone()))
+    if not (went_back or left):
+        return None
+    return open_adversaries(
+        run,
+        "gad",
+        settings,
+        temperature=run.recipe.sampling.temperature,
+        start=start,
+        replay=Replay(settings.replay, settings.replay_steps, run.recipe.seed),
+    )
 
 
 def _start(run: Run) -> Checkpoint:

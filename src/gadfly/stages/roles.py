@@ -55,6 +55,11 @@ class StudentRole(Writer):
 
     engine: Engine[Logprobs]
 
+    def step(self, learning_rate: float) -> None:
+        """Update the weights once with the gradients, and hand them to the sampler."""
+        self.engine.step(learning_rate)
+        self.sampler.update(self.engine.weights())
+
     def snapshot(self, *, is_copy: bool) -> Callable[[Path], None]:
         """The student as it is now: what writes it as a folder, later and in the first process."""
         state = self.engine.whole_state(is_copy=is_copy)

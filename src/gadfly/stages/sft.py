@@ -70,7 +70,7 @@ def discriminator_lm(run: Run) -> None:
     config = run.recipe.discriminator
     stage = "discriminator-lm"
     settings = run.stage_settings("discriminator")
-    # What the discriminator does later is nothing to its first lessons.
+    # What the discriminator does later is nothing to its language model.
     for later in ("reads", "loss", "learning_rate", "centring"):
         del settings["discriminator"][later]
     settings["learning_rate_schedule"] = run.recipe.warmup.learning_rate_schedule
@@ -121,8 +121,7 @@ def fine_tune(run: Run, stage: str, model: str, optimizer: Optimizer, training: 
             learning_rate = scheduled_learning_rate(
                 training.learning_rate, training.learning_rate_schedule, step, total
             )
-            student.engine.step(learning_rate)
-            student.sampler.update(student.engine.weights())
+            student.step(learning_rate)
             loop.mark("step")
             loop.log(
                 {

@@ -1,4 +1,5 @@
-"""Warmup: the student imitates the teacher while the discriminator learns to tell its fresh samples.
+"""Warmup: the student imitates the teacher while the discriminator learns to tell its fresh samples
+from the teacher's responses.
 
     discriminator_only_steps     discriminator on samples of the untouched student
     the epochs                   one SFT step of the student, one of the discriminator on fresh samples
@@ -83,7 +84,7 @@ def warmup(run: Run) -> None:
         discriminator_base=base,
     )
     plan = _plan(settings, players.batches.total_steps(settings.epochs, settings.max_steps))
-    student, lessons = players.student, players.lessons()
+    student, train_discriminator = players.student, players.discriminator_trainer()
     discriminator_rate = settings.discriminator_learning_rate or recipe.discriminator.learning_rate
 
     with players.training_loop(plan.total, settings) as loop:
@@ -91,17 +92,17 @@ def warmup(run: Run) -> None:
             student_moves, discriminator_moves = plan.moves(step)
             batch = players.batches(plan.batch(step))
             metrics: Metrics = {}
-            lesson = None
+            judged = None
             if discriminator_moves:
                 rollout = players.rollout(step, settings.group_size, batch)
                 loop.mark("sample")
-                lesson = lessons(step, rollout.told, rests=loop.discriminator_rests)
-                sample_scores = student_scores(lesson.scores, rollout.told)
+                judged = train_discriminator(step, rollout.as_read, rests=loop.discriminator_rests)
+                sample_scores = student_scores(judged.scores, rollout.as_read)
                 metrics |= group_metrics(sample_scores, rollout.groups)
                 if loop.is_evaluated(step):
                     metrics |= ranking_metrics(sample_scores, rollout.groups)
                 metrics |= rollout_metrics(rollout.groups)
-                lesson.check_gradients()
+                judged.clip_gradients()
                 loop.mark("discriminator")
             if student_moves:
                 teachers = [example.group for example in batch]
@@ -115,12 +116,11 @@ def warmup(run: Run) -> None:
                     plan.student_step(step),
                     plan.joint,
                 )
-                student.engine.step(student_rate)
-                student.sampler.update(student.engine.weights())
+                student.step(student_rate)
                 loop.mark("student")
-            if lesson is not None:
-                lesson.step(discriminator_rate)
-                metrics |= lesson.metrics
+            if judged is not None:
+                judged.step(discriminator_rate)
+                metrics |= judged.metrics
             loop.log(metrics)
 
 

@@ -118,7 +118,7 @@ def _seconds(recipe: Recipe, num_rows: int, pace: Pace, relative: float) -> dict
         read = _TRAINED * prompts(training) * (pace.prompt_tokens + pace.teacher_tokens)
         return relative * read / pace.read
 
-    def lesson(training: WarmupConfig | GadConfig) -> float:
+    def discriminator_step(training: WarmupConfig | GadConfig) -> float:
         """A step of the discriminator on fresh samples."""
         drawn = training.group_size * pace.student_tokens
         read = _TRAINED * (pace.prompt_tokens + pace.teacher_tokens + drawn)
@@ -127,7 +127,7 @@ def _seconds(recipe: Recipe, num_rows: int, pace: Pace, relative: float) -> dict
     warmup, gad = recipe.warmup, recipe.gad
     joint = _steps(warmup, num_rows)
     every = warmup.discriminator_every
-    lessons = (
+    discriminator_steps = (
         warmup.discriminator_only_steps + warmup.discriminator_final_steps + (joint // every if every else 0)
     )
     drawn = gad.group_size * pace.student_tokens
@@ -138,6 +138,6 @@ def _seconds(recipe: Recipe, num_rows: int, pace: Pace, relative: float) -> dict
     return {
         **({"discriminator-lm": language} if lm_steps else {}),
         "seqkd": _steps(recipe.seqkd, num_rows) * sft(recipe.seqkd),
-        "warmup": joint * sft(warmup) + lessons * lesson(warmup),
-        "gad": _steps(gad, num_rows) * (lesson(gad) + policy),
+        "warmup": joint * sft(warmup) + discriminator_steps * discriminator_step(warmup),
+        "gad": _steps(gad, num_rows) * (discriminator_step(gad) + policy),
     }

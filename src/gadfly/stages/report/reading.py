@@ -9,12 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gadfly.config import Recipe
+from gadfly.config import TRAINING_STAGES, Recipe
 from gadfly.metrics import without_time
 from gadfly.run_folder import Record, RunFolder
 from gadfly.statistics import Figure
-
-TRAINING_STAGES = ("seqkd", "discriminator-lm", "warmup", "gad", "seqkd-equal-time")
 
 # A larger value is a number on paper only: a sum of such squares is beyond all floats.
 _MOST = 1e100

@@ -1,6 +1,6 @@
-"""The discriminator's lesson of a step: one pass scores the fresh samples and, unless it rests, teaches it.
+"""The discriminator's part of a step: one pass scores the fresh samples and, unless it rests, trains on them.
 
-It rests where the recipe's timetable says so or an alarm stands. Its scores are the reward all the same.
+It rests where the recipe's schedule says so or an alarm stands. Its scores are the reward all the same.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ RECENT_STEPS = 5
 
 
 @dataclass
-class Timetable:
+class UpdateSchedule:
     """At which steps the discriminator moves.
 
     Attributes:
@@ -35,11 +35,11 @@ class Timetable:
         recent: the fresh accuracies of the last steps, the newest at the end.
 
     Example:
-        >>> timetable = Timetable(rests_above=0.9, recent=[0.85, 0.97])
-        >>> timetable.has_lesson(7)
+        >>> schedule = UpdateSchedule(rests_above=0.9, recent=[0.85, 0.97])
+        >>> schedule.moves(7)
         False
-        >>> timetable.note(0.8)
-        >>> timetable.has_lesson(8)
+        >>> schedule.note(0.8)
+        >>> schedule.moves(8)
         True
     """
 
@@ -52,7 +52,7 @@ class Timetable:
         """Whether it moves at every step."""
         return self.every == 1 and self.rests_above is None
 
-    def has_lesson(self, step: int) -> bool:
+    def moves(self, step: int) -> bool:
         """Whether it moves at a step, counted from 1."""
         recent = self.recent[-RECENT_STEPS:]
         if self.rests_above is not None and recent and sum(recent) / len(recent) > self.rests_above:
@@ -65,55 +65,55 @@ class Timetable:
 
 
 @dataclass
-class Lesson:
+class DiscriminatorPass:
     """What came of the pass; the discriminator moves when `step` is called.
 
     Attributes:
         scores: of the rows of the fresh groups, before the update.
-        is_given: whether there are gradients to move by.
+        has_gradients: whether there is something to move by.
         metrics: what is known so far.
     """
 
     scores: Scores
-    is_given: bool
+    has_gradients: bool
     metrics: Metrics
     engine: Engine[Scores]
 
-    def check_gradients(self) -> None:
-        """Clip the gradients.
+    def clip_gradients(self) -> None:
+        """Clip the gradients, if there are any.
 
         Raises:
             AlarmError: if they are not finite; nothing has been updated.
         """
-        if self.is_given:
+        if self.has_gradients:
             self.metrics["discriminator/grad_norm"] = self.engine.clip_gradients()
 
     def step(self, learning_rate: float) -> None:
         """Move the discriminator, unless it rests."""
-        if self.is_given:
+        if self.has_gradients:
             self.metrics["detail/discriminator_learning_rate"] = learning_rate
             self.engine.step(learning_rate)
 
 
 @dataclass
-class Lessons:
-    """Gives the lessons of a stage.
+class DiscriminatorTrainer:
+    """Makes the passes of a stage.
 
     Attributes:
         engine: the discriminator's.
         config: its settings.
-        teachers: whose accuracies are told one by one.
-        timetable: when it moves.
+        teachers: whose accuracies are logged one by one.
+        schedule: when it moves.
         replay: groups of earlier steps.
     """
 
     engine: Engine[Scores]
     config: DiscriminatorConfig
     teachers: Sequence[str]
-    timetable: Timetable
+    schedule: UpdateSchedule
     replay: Replay
 
-    def __call__(self, step: int, fresh: list[Group], *, rests: bool) -> Lesson:
+    def __call__(self, step: int, fresh: list[Group], *, rests: bool) -> DiscriminatorPass:
         """Score the fresh groups; unless it rests, add the gradients of the loss on them and on earlier ones.
 
         Args:
@@ -124,21 +124,21 @@ class Lessons:
         Raises:
             AlarmError: if the loss is not finite; nothing has been updated.
         """
-        is_given = self.timetable.has_lesson(step) and not rests
+        is_trained = self.schedule.moves(step) and not rests
         metrics: Metrics = {}
-        if is_given:
-            told = [*fresh, *self.replay.drawn(step)]
-            objective = discriminator_objective(told, self.config.loss, centring=self.config.centring)
-            scores, metrics["discriminator/loss"] = self.engine.forward_backward(told, objective)
+        if is_trained:
+            groups = [*fresh, *self.replay.drawn(step)]
+            objective = discriminator_objective(groups, self.config.loss, centring=self.config.centring)
+            scores, metrics["discriminator/loss"] = self.engine.forward_backward(groups, objective)
             scores = Scores(scores.values[: num_rows(fresh)])
         else:
             scores = self.engine.forward(fresh)
         self.replay.keep(step, fresh)
         metrics |= discriminator_metrics(scores, fresh) | self._by_teacher(scores, fresh)
-        self.timetable.note(metrics["discriminator/accuracy"])
-        if rests or not self.timetable.is_vanilla:
-            metrics["detail/discriminator_skipped"] = float(not is_given)
-        return Lesson(scores, is_given, metrics, self.engine)
+        self.schedule.note(metrics["discriminator/accuracy"])
+        if rests or not self.schedule.is_vanilla:
+            metrics["detail/discriminator_skipped"] = float(not is_trained)
+        return DiscriminatorPass(scores, is_trained, metrics, self.engine)
 
     def _by_teacher(self, scores: Scores, groups: Sequence[Group]) -> Metrics:
         """How well the samples are told from each teacher's responses."""
