@@ -15,7 +15,7 @@ from gadfly.stages.pipeline import STAGES
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-OWN = ("recipe.toml", "runs/mine")
+OWN = ("recipe.toml", "runs/mine", "runs/mine/gad")
 PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 
 SMALL = """
@@ -81,7 +81,9 @@ def test_the_commands_for_ones_own_data_do_what_they_say(readme_folder: Path) ->
     assert len(own) >= 5
     for command in own[:1] + own[2:]:
         arguments = [sys.executable, "-m", "gadfly", *command.split()[1:]]
-        done = subprocess.run(arguments, cwd=readme_folder, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            arguments, cwd=readme_folder, input="", capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     run = readme_folder / "runs" / "mine"
     for name in ("metrics.jsonl", "samples.jsonl", "generations", "summary.json", "report.html"):

@@ -214,6 +214,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, step, facts, _digest(listed))
 
 
+def student_of(name: str) -> str:
+    """What to open for a student: that of a checkpoint, checked; any other name is a model's already.
+
+    Args:
+        name: a stage of a run, for its latest checkpoint; a checkpoint; or a model's folder or name.
+
+    Raises:
+        CheckpointError: naming the file that is missing or altered.
+    """
+    path = Path(name)
+    if (path / "latest").exists():
+        path /= "latest"
+    return str(open_checkpoint(path).path / "student") if (path / _MANIFEST).exists() else name
+
+
 def _is_inside(folder: Path, name: str) -> bool:
     """Whether a name, with all links followed, is a path within a folder, or may become one."""
     try:

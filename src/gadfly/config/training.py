@@ -154,7 +154,7 @@ class GadConfig(Training):
     discriminator_learning_rate: PositiveRate | None = None
     """The discriminator's in this stage. Default: `discriminator.learning_rate`."""
     discriminator_every: Count = 1
-    """The discriminator takes a step at every n-th step of the student; its score is the reward at every one."""
+    """The discriminator takes a step at every n-th step of the student, but scores at all of them."""
     discriminator_rests_above: Annotated[float, Field(ge=0.5, lt=1)] | None = None
     """The discriminator takes no step while its mean fresh accuracy over the last 5 steps is above this."""
     replay: Steps = 0

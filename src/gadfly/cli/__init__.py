@@ -6,22 +6,19 @@ gadfly demo                                 the whole method on a scripted teach
 """
 
 import contextlib
-import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
 import gadfly
+from gadfly.cli.opening import do, do_by_ray, open_recipe
 from gadfly.console import show_logs
-from gadfly.errors import GadflyError, RanksError, UserError
+from gadfly.errors import GadflyError, UserError
 from gadfly.visible_text import visible
 
 app = typer.Typer(
@@ -38,6 +35,13 @@ Overrides = Annotated[
     typer.Argument(help="Settings for this run, as in gad.group_size=4.", show_default=False),
 ]
 
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        help="A stage as in runs/NAME/gad, a checkpoint of it, or a model's folder or name.",
+        show_default=False,
+    ),
+]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run the recipe's own code: the functions of gad.rewards.")
 ]
@@ -54,14 +58,14 @@ def run(
 ) -> None:
     """Every stage that is not done yet, in order. Stopped at any moment, the same command goes on."""
     if ray_workers is None:
-        _say(f"report: {_do('run', recipe, overrides, allow_code) / 'report.html'}")
+        _say(f"report: {do('run', recipe, overrides, allow_code) / 'report.html'}")
     else:
-        _say(f"report: {_do_by_ray(recipe, overrides, ray_workers, allow_code) / 'report.html'}")
+        _say(f"report: {do_by_ray(recipe, overrides, ray_workers, allow_code) / 'report.html'}")
 
 
 def _stage_command(name: str, help_text: str) -> None:
     def command(recipe: RecipePath, overrides: Overrides = None) -> None:
-        _say(f"{name}: done, in {_do(name, recipe, overrides)}")
+        _say(f"{name}: done, in {do(name, recipe, overrides)}")
 
     app.command(name, help=help_text)(command)
 
@@ -79,11 +83,11 @@ def collect(
 ) -> None:
     """The teacher's answers to data.prompts through its API, each paid for once."""
     if not (dry_run or trial):
-        _say(f"collect: done, in {_do('collect', recipe, overrides)}")
+        _say(f"collect: done, in {do('collect', recipe, overrides)}")
         return
     from gadfly.stages import collect as stage  # noqa: PLC0415
 
-    with _open(recipe, overrides) as opened:
+    with open_recipe(recipe, overrides) as opened:
         work = stage.estimate if dry_run else stage.trial
         _say(opened.processes.once("collect", lambda: work(opened.alone()), is_patient=True))
 
@@ -97,7 +101,7 @@ _stage_command("audit-warmup", "The audit again, of the student that warmup made
 @app.command()
 def gad(recipe: RecipePath, overrides: Overrides = None, allow_code: AllowCode = False) -> None:
     """GRPO of the student against the live discriminator."""
-    _say(f"gad: done, in {_do('gad', recipe, overrides, allow_code)}")
+    _say(f"gad: done, in {do('gad', recipe, overrides, allow_code)}")
 
 
 _stage_command("best", "Which kept GAD checkpoint is best, by a judge on held-out prompts.")
@@ -109,7 +113,7 @@ _stage_command("judge", "What a judge makes of the generations; by default a cla
 @app.command()
 def report(recipe: RecipePath, overrides: Overrides = None) -> None:
     """One HTML file with curves, samples and figures of what is there so far."""
-    _say(f"report: {_do('report', recipe, overrides) / 'report.html'}")
+    _say(f"report: {do('report', recipe, overrides) / 'report.html'}")
 
 
 @app.command()
@@ -135,6 +139,44 @@ def watch(
                 time.sleep(1)
                 watched.look()
     typer.echo(snapshot(watched))
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    folder: Annotated[Path, typer.Argument(help="Where to; must not exist.", show_default=False)],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")
+    ] = "float32",
+) -> None:
+    """A trained student as a plain Hugging Face folder, LoRA merged."""
+    from gadfly.stages.export import export as write  # noqa: PLC0415  torch loads only where it is used
+
+    write(checkpoint, folder, dtype)
+    _say(f"{folder}: written")
+
+
+@app.command()
+def chat(
+    checkpoint: Checkpoint,
+    system: Annotated[str | None, typer.Option(help="A system turn.", show_default=False)] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.8,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 512,
+    seed: Annotated[int, typer.Option(help="Of the answers.", min=0)] = 0,
+) -> None:
+    """Talk to a trained student, a line a turn; Ctrl-D ends it."""
+    from gadfly.stages.chat import Chat  # noqa: PLC0415  torch loads only where it is used
+
+    talk = Chat(checkpoint, system=system, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    is_asked = sys.stdin.isatty()
+    while True:
+        if is_asked:
+            typer.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            _say(talk.answer(line.strip()))
 
 
 @app.command()
@@ -169,76 +211,6 @@ def demo(
     table = run_demo(folder, seed, overrides or [])
     typer.echo(table)
     typer.echo(f"report: {folder / 'report.html'}")
-
-
-def _do(name: str, recipe_path: Path, overrides: list[str] | None, allows_code: bool | None = None) -> Path:
-    """Do a stage, or all of them, and return the run folder.
-
-    Args:
-        name: of the stage, or `run`.
-        recipe_path: the recipe.
-        overrides: its settings for this run.
-        allows_code: whether the recipe's own code may be run; None for a stage that needs none.
-    """
-    with _open(recipe_path, overrides, allows_code) as opened:
-        _stage(name)(opened)
-        path: Path = opened.folder.path
-        return path
-
-
-def _do_by_ray(recipe_path: Path, overrides: list[str] | None, num_workers: int, allows_code: bool) -> Path:
-    """Do all stages in Ray's workers, and return the run folder."""
-    from gadfly.distributed.ray_launch import launch  # noqa: PLC0415
-    from gadfly.recipe_file import load_recipe  # noqa: PLC0415
-
-    loaded = load_recipe(recipe_path, overrides or [])
-    assert loaded.run_folder is not None, "load_recipe fills it in"
-    work = partial(_do, "run", recipe_path.absolute(), overrides, allows_code)
-    return launch(work, Path(loaded.run_folder), num_workers)
-
-
-@contextlib.contextmanager
-def _open(recipe_path: Path, overrides: list[str] | None, allows_code: bool | None = None) -> Iterator[Any]:
-    from gadfly.recipe_file import load_recipe  # noqa: PLC0415  `--help` needs no pydantic
-    from gadfly.reward_functions import load_reward_functions  # noqa: PLC0415
-    from gadfly.stages.run import open_run  # noqa: PLC0415
-
-    with _join_processes() as processes:
-        loaded = processes.together("recipe", lambda: load_recipe(recipe_path, overrides or []))
-        processes.limit_waits(loaded.engine.timeout_seconds)
-        functions = {}
-        if allows_code is not None:
-            functions = processes.together(
-                "gad.rewards", lambda: load_reward_functions(loaded.gad.rewards, allows_code=allows_code)
-            )
-        with open_run(loaded, processes, reward_functions=functions) as opened:
-            yield opened
-
-
-def _join_processes() -> AbstractContextManager[Any]:
-    """The processes that torchrun started, or this one alone."""
-    from gadfly.distributed.processes import Processes  # noqa: PLC0415
-
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return contextlib.nullcontext(Processes())
-    from gadfly.distributed.ranks import open_ranks  # noqa: PLC0415  torch is needed by many processes only
-
-    return open_ranks(_give_up)
-
-
-def _give_up(line: str) -> None:
-    """End the process from a thread while the main one is stuck."""
-    if line:
-        # By the log, which Ray's workers send to the terminal; a quiet process shows this too.
-        logging.getLogger("gadfly").critical("%s", line)
-    os._exit(RanksError.exit_code)
-
-
-def _stage(name: str) -> Callable[[Any], None]:
-    # Once recipe and run folder are known to be right: torch takes seconds to load.
-    from gadfly.stages.pipeline import run_stages, stage  # noqa: PLC0415
-
-    return run_stages if name == "run" else stage(name)
 
 
 def _version(wanted: bool) -> bool:

@@ -1,0 +1,45 @@
+"""A conversation with a trained student, turn by turn."""
+
+from gadfly.checkpoint import student_of
+from gadfly.models import load_language_model
+from gadfly.records import Message
+from gadfly.samplers import LocalSampler, Request
+
+
+class Chat:
+    """Keeps the turns so far; the student answers as it was trained to, through the same renderer.
+
+    Args:
+        checkpoint: a stage of a run (its latest checkpoint), a checkpoint, or a model's folder or name.
+        system: a system turn to begin with.
+        temperature: 0 is greedy.
+        max_tokens: of an answer.
+        seed: the same seed and turns give the same answers.
+
+    Raises:
+        UserError: if the student cannot be opened.
+    """
+
+    def __init__(
+        self, checkpoint: str, *, system: str | None, temperature: float, max_tokens: int, seed: int
+    ):
+        model, self._renderer = load_language_model(student_of(checkpoint), "float32")
+        self._sampler = LocalSampler(model, self._renderer.end_ids)
+        self._turns = [] if system is None else [Message("system", system)]
+        self._temperature, self._max_tokens, self._seed = temperature, max_tokens, seed
+
+    def answer(self, text: str) -> str:
+        """The student's answer to a user turn; both become part of the conversation.
+
+        Raises:
+            UserError: if the chat template refuses the conversation.
+        """
+        turns = [*self._turns, Message("user", text)]
+        tokens = tuple(self._renderer.prompt_tokens(turns))
+        request = Request(tokens, 1, f"{self._seed}\x00chat\x00{len(turns)}")
+        ((sample,),) = self._sampler.sample(
+            [request], temperature=self._temperature, max_response_tokens=self._max_tokens
+        )
+        answer = self._renderer.response_text(sample.tokens)
+        self._turns = [*turns, Message("assistant", answer)]
+        return answer
