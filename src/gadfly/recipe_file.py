@@ -214,10 +214,10 @@ def _shown(value: object) -> str:
 
 
 def _explain_missing(key: str) -> str:
-    field = dict(_fields()).get(key)
+    field = dict(fields()).get(key)
     if field is None:
         return f"{key}: must be given"
-    if section := _section_of(field):
+    if section := section_of(field):
         required = [name for name, inner in section.model_fields.items() if inner.is_required()]
         return "; ".join(_explain_missing(f"{key}.{name}") for name in required)
     return f"{key}: must be given ({' '.join((field.description or '').split()).rstrip('.')})"
@@ -227,7 +227,7 @@ def _suggestion(key: str) -> str:
     """Where the key belongs, else what it may be a slip of: beside it first, then anywhere."""
     outer, _, last = key.rpartition(".")
     homes: dict[str, list[str]] = {}
-    for known, _ in _fields():
+    for known, _ in fields():
         homes.setdefault(known.rpartition(".")[2], []).append(known)
     beside = [name for name in homes if (f"{outer}.{name}" if outer else name) in homes[name]]
     if last in homes:
@@ -241,14 +241,15 @@ def _suggestion(key: str) -> str:
     return "; did you mean " + " or ".join(f"'{known}'" for known in meant) + "?" if meant else ""
 
 
-def _fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key a recipe may hold, dotted, in the order of the classes of `config`, sections included."""
     for key, field in section.model_fields.items():
         yield f"{prefix}{key}", field
-        if inner := _section_of(field):
-            yield from _fields(inner, f"{prefix}{key}.")
+        if inner := section_of(field):
+            yield from fields(inner, f"{prefix}{key}.")
 
 
-def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The table that a key is of; None for a key with a value."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
