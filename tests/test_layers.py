@@ -46,6 +46,7 @@ LAYERS = (
         "reward_functions",
         "run_folder",
         "run_files",
+        "stage_settings",
         "stored_json",
         "shared_run_folder",
         "model_identity",

@@ -22,7 +22,7 @@ from report_runs import (
 
 from gadfly.alarms import KINDS
 from gadfly.errors import RunFolderError
-from gadfly.run_folder import stage_settings
+from gadfly.stage_settings import stage_settings
 from gadfly.stages.report import report
 
 

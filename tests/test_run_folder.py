@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 
 from gadfly.config import Recipe
 from gadfly.errors import RunFolderError
-from gadfly.run_folder import RunFolder, differences, hash_file, stage_settings, write_text
+from gadfly.run_folder import RunFolder, hash_file, write_text
+from gadfly.stage_settings import differences, stage_settings
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
@@ -283,6 +285,32 @@ def test_a_finished_stage_is_in_the_summary_whenever_the_kill_comes(run: RunFold
     assert process.returncode == -signal.SIGKILL
     assert run.read_json("summary.json")["stages"] == {"gad": {"steps": 3, "seconds": 1.0}}
     assert run.begin("gad", {})
+
+
+def test_a_stage_that_is_begun_anew_leaves_nothing_of_the_old_model(run: RunFolder) -> None:
+    figures = {"rouge_l": {"value": 0.5, "n": 1, "interval": [0, 1]}}
+
+    def answer(model: str) -> dict[str, object]:
+        return {"model": model, "id": "1", "prompt": "p", "response": "r", "finished": True}
+
+    run.write_rows("generations/ships.jsonl", [answer("seqkd"), answer("gad")])
+    for model in ("seqkd", "gad"):
+        run.begin(model, {})
+        run.finish(model, steps=3, seconds=1.0)
+        run.update_summary("evaluation", {model: {"ships": figures}})
+    run.update_summary("pairwise", {"ships": {}, "planes": {}})
+    before = run.read_json("summary.json")
+    # Going on changes nothing.
+    run.begin("gad", {})
+    assert run.read_json("summary.json") == before
+    shutil.rmtree(run.stage("gad"))
+    run.begin("gad", {"seed": 1})
+    assert run.read_json("summary.json") == {
+        "stages": {"seqkd": {"steps": 3, "seconds": 1.0}},
+        "evaluation": {"seqkd": {"ships": figures}},
+        "pairwise": {"planes": {}},
+    }
+    assert run.rows("generations/ships.jsonl") == [answer("seqkd")]
 
 
 def test_differences_are_found_in_every_table() -> None:

@@ -111,15 +111,48 @@ def test_lengths_at_which_a_model_turns_positions_otherwise_are_refused(
         seqkd(run)
 
 
-def test_the_equal_time_baseline_keeps_its_number_of_steps(recipe_file: Path) -> None:
+@pytest.mark.parametrize("opening", [0.0, 100.0])
+def test_the_equal_time_baseline_takes_as_long_and_keeps_its_number_of_steps(
+    recipe_file: Path, opening: float
+) -> None:
     with open_run(load_recipe(recipe_file)) as run:
-        for stage in (seqkd, warmup, gad, seqkd_equal_time):
+        for stage in (seqkd, warmup, gad):
             stage(run)
-        plan = run.folder.read_json("seqkd-equal-time/plan.json")
         stages = run.folder.read_json("summary.json")["stages"]
-    pace = stages["seqkd"]["steps"] / stages["seqkd"]["seconds"]
-    expected = (stages["warmup"]["seconds"] + stages["gad"]["seconds"]) * pace
-    assert plan["steps"] == stages["seqkd-equal-time"]["steps"] == max(1, round(expected))
+        # What it takes to open a stage says nothing of its pace.
+        longer = {
+            name: stages[name] | {"seconds": stages[name]["seconds"] + opening} for name in ("seqkd", "gad")
+        }
+        run.folder.update_summary("stages", longer)
+        seqkd_equal_time(run)
+        plan = run.folder.read_json("seqkd-equal-time/plan.json")
+        done = run.folder.read_json("summary.json")["stages"]["seqkd-equal-time"]["steps"]
+        rows = [row for row in run.folder.rows("metrics.jsonl") if row["stage"] == "seqkd"]
+    first, *_, last = (row["time/unix"] for row in rows if "time/step_seconds" in row)
+    pace = (last - first) / (stages["seqkd"]["steps"] - 1)
+    left = stages["warmup"]["seconds"] + stages["gad"]["seconds"] - stages["seqkd"]["seconds"]
+    assert plan["steps"] == done == stages["seqkd"]["steps"] + round(left / pace)
+
+
+def test_a_pause_of_seqkd_is_no_part_of_its_pace(recipe_file: Path) -> None:
+    with open_run(load_recipe(recipe_file)) as run:
+        for stage in (seqkd, warmup, gad):
+            stage(run)
+        rows = run.folder.rows("metrics.jsonl")
+        # It went on a day later.
+        paused = [
+            row | {"time/unix": row["time/unix"] + 86400 * (row["stage"] == "seqkd" and row["step"] > 3)}
+            for row in rows
+        ]
+        run.folder.write_rows("metrics.jsonl", paused)
+        stages = run.folder.read_json("summary.json")["stages"]
+        seqkd_equal_time(run)
+        plan = run.folder.read_json("seqkd-equal-time/plan.json")
+    steps = [row for row in rows if row["stage"] == "seqkd" and "time/step_seconds" in row]
+    seconds = [row["time/step_seconds"] for row in steps]
+    pace = sum(seconds) / len(seconds)
+    left = stages["warmup"]["seconds"] + stages["gad"]["seconds"] - stages["seqkd"]["seconds"]
+    assert plan["steps"] == stages["seqkd"]["steps"] + round(left / pace)
 
 
 def test_checkpoints_written_in_the_background_are_the_same(recipe_file: Path, tmp_path: Path) -> None:

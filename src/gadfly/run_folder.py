@@ -16,16 +16,12 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gadfly.config import Recipe
 from gadfly.errors import RunFolderError
 from gadfly.run_files import check_object, check_row
+from gadfly.stage_settings import differences
 from gadfly.stored_json import parse_object
 
 logger = logging.getLogger(__name__)
-
-# Settings that decide neither weights nor samples: how often or how fast something is done, where gad starts
-# (it notes the checkpoint itself), and whether another stage runs.
-_HARMLESS = {"save_every", "evaluate_every", "max_parallel_responses", "start_from", "equal_time"}
 
 Record = dict[str, Any]
 
@@ -177,6 +173,7 @@ class RunFolder:
         settings = json.loads(json.dumps(settings))
         begun = self.read_json(f"{stage}/stage.json")
         if not begun:
+            self.forget(stage)
             self.write_json(f"{stage}/stage.json", {"settings": settings, "done": False})
             return True
         changes = list(differences(begun.get("settings") or {}, settings))
@@ -199,6 +196,19 @@ class RunFolder:
         logger.info("%s: done already, %d steps in %.0f s", stage, steps, seconds)
         return False
 
+    def forget(self, model: str) -> None:
+        """Drop what was made of a model that is to be trained anew: its times, figures, answers, verdicts."""
+        summary = self.read_json("summary.json")
+        times, figures = summary.get("stages") or {}, summary.get("evaluation") or {}
+        if model not in times and model not in figures:
+            return
+        times.pop(model, None)
+        for test_set in figures.pop(model, {}):
+            for section in ("pairwise", "judge"):
+                (summary.get(section) or {}).pop(test_set, None)
+            self.keep_rows(f"generations/{test_set}.jsonl", lambda row: row.get("model") != model)
+        self.write_json("summary.json", summary)
+
     def finish(self, stage: str, **facts: Any) -> None:
         """Put a stage's steps and seconds into `summary.json`, then mark it as done."""
         self.update_summary("stages", {stage: facts})
@@ -217,23 +227,6 @@ class RunFolder:
                 f"{self.path}: {free / 1e6:.0f} MB free, a checkpoint needs {needed_bytes / 1e6:.0f} MB; "
                 f"make room and run the same command to go on"
             )
-
-
-def stage_settings(recipe: Recipe, sections: tuple[str, ...]) -> Record:
-    """What decides a stage's result: the seed and the sections named, without the harmless keys."""
-    chosen = recipe.model_dump(mode="json", include=set(sections))
-    kept = {name: {k: v for k, v in chosen[name].items() if k not in _HARMLESS} for name in sections}
-    return {"seed": recipe.seed, **kept}
-
-
-def differences(old: Record, new: Record, prefix: str = "") -> Iterator[str]:
-    """Each setting that two records do not share, as `key = old, now new`."""
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            yield f"{prefix}{key} = {before!r}, now {after!r}"
 
 
 def merge(into: Record, piece: Record) -> None:

@@ -148,5 +148,6 @@ def _go_back(run: Run) -> bool:
         kept = ", ".join(map(str, checkpoint_steps(stage))) or "none"
         raise CheckpointError(f"gad.start_from = {step}: no such checkpoint in {stage}; kept steps: {kept}")
     drop_checkpoints_after(stage, step)
+    run.folder.forget("gad")
     run.folder.write_json("gad/stage.json", {**begun, "done": False, "went_back_to": step})
     return True

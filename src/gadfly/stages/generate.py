@@ -226,12 +226,14 @@ def _write_figures(run: Run, file: str, model: Model, student: Writer, examples:
         "finished_fraction": share([bool(row["finished"]) for row in answers]),
         "repetition": mean([repetition(row["response"]) for row in answers]),
     }
-    told = [
-        (row["response"], [r.text for r in example.row.responses])
+    # Of the prompts whose teacher responses are known.
+    closeness = [
+        rouge_l(row["response"], [response.text for response in example.row.responses])
         for row, example in zip(answers, examples, strict=True)
+        if example.row.responses
     ]
-    if all(references for _, references in told):
-        figures["rouge_l"] = mean([rouge_l(response, references) for response, references in told])
+    if closeness:
+        figures["rouge_l"] = mean(closeness)
     run.folder.update_summary(
         "evaluation",
         {model.name: {file: {name: figure.as_record() for name, figure in figures.items()}}},

@@ -24,8 +24,9 @@ from gadfly.errors import ConfigError, RunFolderError
 from gadfly.model_identity import model_identity
 from gadfly.records import Row
 from gadfly.reward_functions import RewardFunction, code_identity
-from gadfly.run_folder import RunFolder, stage_settings
+from gadfly.run_folder import RunFolder
 from gadfly.shared_run_folder import SharedRunFolder
+from gadfly.stage_settings import stage_settings
 from gadfly.trackers import Tracker, open_trackers
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@ discriminator's language model.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gadfly.checkpoint import latest_checkpoint
@@ -11,6 +11,7 @@ from gadfly.config import Optimizer, Training
 from gadfly.engine import scheduled_learning_rate
 from gadfly.errors import CheckpointError
 from gadfly.objectives import sft_objective
+from gadfly.run_folder import Record
 from gadfly.stages.evaluation import Evaluation
 from gadfly.stages.examples import Batches, training_examples
 from gadfly.stages.loop import training_loop
@@ -35,7 +36,7 @@ def seqkd(run: Run) -> None:
 def seqkd_equal_time(run: Run) -> None:
     """The same for as many seconds as warmup and gad took together.
 
-    The seconds become steps once, by the pace of the finished `seqkd` stage; the steps are kept, so
+    The seconds become steps once, by the pace of the finished `seqkd` stage's steps; the steps are kept, so
     that a resumed run ends where an undisturbed one does.
     """
     stage = "seqkd-equal-time"
@@ -50,8 +51,10 @@ def seqkd_equal_time(run: Run) -> None:
         stages = run.folder.read_json("summary.json")["stages"]
         arms = [name for name in ("discriminator-lm", "warmup", "gad") if name in stages]
         seconds = sum(stages[name]["seconds"] for name in arms)
-        steps = max(1, round(seconds * stages["seqkd"]["steps"] / stages["seqkd"]["seconds"]))
-        plan = {"seconds": seconds, "steps": steps}
+        done, taken = stages["seqkd"]["steps"], stages["seqkd"]["seconds"]
+        # What it takes to open and to close a stage, this one takes too.
+        steps = done + round((seconds - taken) / _pace(run.folder.rows("metrics.jsonl"), taken))
+        plan = {"seconds": seconds, "steps": max(1, steps)}
         run.folder.write_json(f"{stage}/plan.json", plan)
     logger.info("%s: %d steps for the %.0f seconds of warmup and gad", stage, plan["steps"], plan["seconds"])
     settings = run.recipe.seqkd
@@ -62,6 +65,21 @@ def seqkd_equal_time(run: Run) -> None:
         }
     )
     fine_tune(run, stage, run.recipe.student.model, run.recipe.student, training)
+
+
+def _pace(rows: Sequence[Record], taken: float) -> float:
+    """Seconds of a step of `seqkd`, with its share of evaluations and checkpoints.
+
+    Args:
+        rows: all of `metrics.jsonl`.
+        taken: seconds that the stage took while it ran.
+    """
+    steps = [row for row in rows if row["stage"] == "seqkd" and "time/step_seconds" in row]
+    between = steps[-1]["time/unix"] - steps[0]["time/unix"]
+    # Longer than it ran: it was stopped in between, and nobody knows for how long.
+    if len(steps) > 1 and between < taken:
+        return float(between / (len(steps) - 1))
+    return float(sum(row["time/step_seconds"] for row in steps) / len(steps))
 
 
 @reopened("discriminator-lm")

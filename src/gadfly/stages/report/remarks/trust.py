@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from gadfly.model_identity import model_identity
-from gadfly.run_folder import Record, differences
+from gadfly.run_folder import Record
+from gadfly.stage_settings import differences
 from gadfly.stages.report.reading import Evidence
 from gadfly.stages.report.remarks.remark import Remark
 from gadfly.stages.report.wording import counted, stage_label

@@ -1,0 +1,27 @@
+"""What of a recipe decides a stage's result, and how two such records differ."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from gadfly.config import Recipe
+
+# Settings that decide neither weights nor samples: how often or how fast something is done, where gad starts
+# (it notes the checkpoint itself), and whether another stage runs.
+_HARMLESS = {"save_every", "evaluate_every", "max_parallel_responses", "start_from", "equal_time"}
+
+
+def stage_settings(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
+    """What decides a stage's result: the seed and the sections named, without the harmless keys."""
+    chosen = recipe.model_dump(mode="json", include=set(sections))
+    kept = {name: {k: v for k, v in chosen[name].items() if k not in _HARMLESS} for name in sections}
+    return {"seed": recipe.seed, **kept}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Each setting that two records do not share, as `key = old, now new`."""
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key} = {before!r}, now {after!r}"
