@@ -1,6 +1,7 @@
 """Runs an experiment, and writes its results; without a name, lists them."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", help="which; without it, all are listed")
     parser.add_argument("--seeds", type=int, help="how many (default: as the experiment has it)")
     parser.add_argument("--first", type=int, default=1, help="the first of them; 0 is for tuning")
-    parser.add_argument("--arms", type=_names, help="only these, as in dpo,oracle (default: all)")
+    parser.add_argument("--arms", type=_names, help="only these, as in dpo,oracle, or none (default: all)")
     parser.add_argument("--folder", type=Path, default=FOLDER.parent / "runs" / "experiments")
     parser.add_argument("--quick", action="store_true", help="try that everything runs, at tiny sizes")
     parser.add_argument("--pages", action="store_true", help="write results and pages of what is there")
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _names(text: str) -> list[str]:
-    return text.split(",")
+    return [] if text == "none" else text.split(",")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -59,8 +60,12 @@ def _run(options: argparse.Namespace) -> None:
         for seed in range(options.first, options.first + count):
             run_seed(options.name, experiment, folder, seed, settings, ground, options.arms)
     results = collect_results(options.name, experiment, folder, settings)
-    # A quick run shows nothing, so nothing is kept of it but what it printed.
-    sys.stdout.write(write_pages(options.name, experiment, results, is_kept=not options.quick))
+    # A quick run shows nothing, and tuning decides nothing: nothing is kept of them but what they print.
+    is_kept = not options.quick and not options.settings and options.first > 0
+    kept = FOLDER / options.name / "results.json"
+    if is_kept and kept.exists():
+        results = results.with_earlier(json.loads(kept.read_bytes()))
+    sys.stdout.write(write_pages(options.name, experiment, results, is_kept=is_kept))
 
 
 if __name__ == "__main__":

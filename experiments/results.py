@@ -75,6 +75,36 @@ class Results:
             "seconds": {model: _by_text(values) for model, values in self.seconds.items()},
         }
 
+    def with_earlier(self, record: Mapping[str, Any]) -> "Results":
+        """These, and what `results.json` holds of other seeds and arms, whose run folders may be elsewhere.
+
+        Nothing is taken from a record that another command made.
+        """
+        if record["command"] != self.facts["command"]:
+            return self
+        seeds = tuple(sorted({*self.seeds, *record["seeds"]}))
+        figures = {
+            model: {
+                name: _by_seed(record["figures"].get(model, {}).get(name, {})) | dict(own.get(name, {}))
+                for name in [*record["figures"].get(model, {}), *own]
+            }
+            for model in [*record["figures"], *self.figures]
+            for own in [self.figures.get(model, {})]
+        }
+        seconds = {
+            model: _by_seed(record["seconds"].get(model, {})) | dict(self.seconds.get(model, {}))
+            for model in [*record["seconds"], *self.seconds]
+        }
+        machines = {*record["machine"].split("; "), *self.facts["machine"].split("; ")} - {""}
+        facts = {
+            **record,
+            **self.facts,
+            "date": max(record["date"], self.facts["date"]),
+            "machine": "; ".join(sorted(machines)),
+        }
+        known = {name: facts[name] for name in self.facts}
+        return Results(seeds, figures, seconds, known)
+
 
 def collect_results(name: str, experiment: Experiment, folder: Path, settings: Sequence[str]) -> Results:
     """Read what the seeds in a folder have measured."""
@@ -132,6 +162,10 @@ def _facts(name: str, settings: Sequence[str], places: Sequence[Path]) -> dict[s
         "machine": "; ".join(sorted({facts["machine"] for facts in made})),
         "packages": environments[0]["packages"] if environments else {},
     }
+
+
+def _by_seed(values: Mapping[str, float]) -> dict[int, float]:
+    return {int(seed): value for seed, value in values.items()}
 
 
 def _by_text(values: Values) -> dict[str, float]:

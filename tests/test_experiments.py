@@ -148,6 +148,30 @@ def test_an_arm_that_an_experiment_does_not_have_is_refused(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+def test_results_of_other_seeds_and_arms_are_kept_beside_new_ones() -> None:
+    facts = {"experiment": "x", "command": "c", "packages": {}}
+    old = Results(
+        (1, 2),
+        {"gad": {"f": {1: 0.1, 2: 0.2}}, "dpo": {"f": {1: 0.5}}},
+        {"gad": {1: 10.0, 2: 20.0}},
+        facts | {"date": "2026-01-01", "machine": "a"},
+    )
+    new = Results(
+        (2, 3),
+        {"gad": {"f": {2: 0.3, 3: 0.4}, "g": {3: 1.0}}, "oracle": {"f": {3: 0.9}}},
+        {"gad": {3: 30.0}},
+        facts | {"date": "2026-02-02", "machine": "b"},
+    )
+    both = new.with_earlier(json.loads(json.dumps(old.as_record())))
+    assert both.seeds == (1, 2, 3)
+    assert both.figures["gad"] == {"f": {1: 0.1, 2: 0.3, 3: 0.4}, "g": {3: 1.0}}
+    assert (both.figures["dpo"], both.figures["oracle"]) == ({"f": {1: 0.5}}, {"f": {3: 0.9}})
+    assert both.seconds == {"gad": {1: 10.0, 2: 20.0, 3: 30.0}}
+    assert both.facts == facts | {"date": "2026-02-02", "machine": "a; b"}
+    other = {**old.as_record(), "command": "c gad.group_size=2"}
+    assert new.with_earlier(other) == new
+
+
 def experiment(*arguments: object) -> str:
     command = [sys.executable, "-m", "experiments", *map(str, arguments)]
     ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=280)
