@@ -175,6 +175,11 @@ def test_they_are_those_of_a_slow_twin(recipe: Path, done: Path) -> None:
         for row, (own, _), (answer, _) in zip(held_out, teacher, greedy, strict=True)
     ]
     assert found["evaluation/tell_accuracy"] == tell_accuracy(answered).value
+    samples = RunFolder(str(done)).rows("samples.jsonl")
+    shown = [row for row in samples if (row["kind"], row["stage"]) == ("evaluation", "gad")][-4:]
+    for row, own, other, kept in zip(held_out, teacher, greedy, shown, strict=False):
+        assert kept["score"] == pytest.approx(scorer(row, *other), rel=1e-6)
+        assert kept["teacher_score"] == pytest.approx(scorer(row, *own), rel=1e-6)
 
 
 def test_at_the_start_of_gad_warmups_last_discriminator_is_the_live_one(done: Path) -> None:

@@ -142,6 +142,15 @@ def test_a_lone_value_has_no_interval_and_decides_nothing(tmp_path: Path) -> Non
     assert "no interval" in Page(run.page()).words
 
 
+def test_held_out_answers_stand_beside_the_teachers_score_of_the_same_step(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    before = evaluated(0, "aye", score=-0.5, teacher_score=1.5)
+    run.folder.write_rows("samples.jsonl", [before, evaluated(STEPS, "arr", score=2.25, teacher_score=2.75)])
+    words = " ".join(Page(run.page()).words.split())
+    assert "score -0.500; the teacher's 1.50" in words
+    assert "score 2.25; the teacher's 2.75" in words
+
+
 HOSTILE = "</bdi></article><script>alert(1)</script><img src=x onerror='a()'>\"&amp; \x1b[31m\u202e\ud800\x00"
 
 

@@ -53,7 +53,8 @@ def check_row(name: str, row: dict[str, Any]) -> None:
     if path.name == "remedies.jsonl":
         check_fields(row["changes"], dict.fromkeys(row["changes"], NUMBER), "changes.")
     if path.name == "samples.jsonl" and row["kind"] == "evaluation":
-        check_fields(row, {"response": str, "finished": bool})
+        scores = dict.fromkeys(("score", "teacher_score"), (*NUMBER, NoneType))
+        check_fields(row, {"response": str, "finished": bool, **scores})
     if path.name == "samples.jsonl" and row["kind"] == "rollout":
         check_fields(row, {"samples": list})
         for number, sample in enumerate(row["samples"]):

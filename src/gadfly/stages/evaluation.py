@@ -12,7 +12,7 @@ from gadfly.distributed.processes import Processes
 from gadfly.errors import DataError, RunFolderError
 from gadfly.groups import Branch, Group
 from gadfly.run_folder import write_text
-from gadfly.stages.diagnostics import Metrics
+from gadfly.stages.diagnostics import Metrics, scores_by_group
 from gadfly.stages.examples import Example
 from gadfly.stages.held_out import HeldOut
 from gadfly.stages.roles import DiscriminatorRole, StudentRole
@@ -65,6 +65,7 @@ class Evaluation:
         )
         if self.held_out is not None:
             metrics |= self.held_out.metrics()
+        scores = self._scores(groups[:_SHOWN])
         return metrics, [
             {
                 "kind": "evaluation",
@@ -73,8 +74,22 @@ class Evaluation:
                 "teacher": texts[0],
                 "response": answer.text,
                 "finished": answer.finished,
+                **told,
             }
-            for example, texts, answer in zip(self.examples[:_SHOWN], references, answers, strict=False)
+            for example, texts, answer, told in zip(
+                self.examples[:_SHOWN], references, answers, scores, strict=False
+            )
+        ]
+
+    def _scores(self, groups: list[Group]) -> list[dict[str, float]]:
+        """What the discriminator gives the answers of some groups, and the teacher's first beside each."""
+        if self.discriminator is None:
+            return [{} for _ in groups]
+        view = self.discriminator.view(groups, list(self.examples[: len(groups)]))
+        by_group = scores_by_group(self.discriminator.engine.forward(view), view)
+        return [
+            {"score": float(scored.students[0]), "teacher_score": float(scored.teachers[0])}
+            for scored in by_group
         ]
 
 

@@ -67,10 +67,19 @@ def before_and_after(evidence: Evidence) -> Chapter | None:
 def _before_after(before: Record | None, after: Record, stage: str, before_label: str) -> Comparison:
     answers = [Answer("teacher", after["teacher"], colour="teacher")]
     if before and before["step"] != after["step"]:
-        answers.append(Answer(before_label, before["response"], before["finished"]))
+        answers.append(Answer(before_label, before["response"], before["finished"], _beside_teacher(before)))
     label = f"after step {after['step']:,}" if len(answers) > 1 else f"at step {after['step']:,}"
-    answers.append(Answer(label, after["response"], after["finished"], colour=stage))
+    answers.append(Answer(label, after["response"], after["finished"], _beside_teacher(after), stage))
     return Comparison(after["prompt"], tuple(answers))
+
+
+def _beside_teacher(row: Record) -> str:
+    """The score of an answer and of the teacher's, by the same discriminator: scores of two steps do not
+    compare.
+    """
+    if row.get("score") is None:
+        return ""
+    return f"{_score(row['score'])}; the teacher's {_score(row.get('teacher_score'))}"
 
 
 def model_against_model(evidence: Evidence) -> list[Chapter]:
