@@ -48,6 +48,7 @@ LAYERS = (
         "run_files",
         "stored_json",
         "shared_run_folder",
+        "manifest",
         "model_identity",
         "metrics",
         "statistics",
