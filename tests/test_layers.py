@@ -18,6 +18,7 @@ LAYERS = (
         "losses",
         "objectives",
         "models",
+        "hub",
         "logprobs",
         "lora",
         "attention",
