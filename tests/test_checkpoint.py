@@ -155,10 +155,69 @@ def test_a_manifest_that_lists_a_file_outside_is_refused(stage: Path, name: str)
     assert refusal(stage / "step-000006") == told
 
 
-def test_weights_that_were_not_saved_with_it_are_refused(stage: Path) -> None:
-    stray = stage / "step-000006" / "trainer" / "student" / "stray.safetensors"
-    save_file({"exp_avg.w": torch.zeros(6)}, stray)
+@pytest.mark.parametrize(
+    ("key", "value"), [("step", 4), ("facts", {"best": [2, 0.9]}), ("files", {}), ("more", 1)]
+)
+def test_an_edited_manifest_is_noticed(stage: Path, key: str, value: object) -> None:
+    manifest = stage / "step-000006" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: value}))
+    assert refusal(stage / "latest") == (
+        f"{manifest}: altered since it was saved; "
+        f"restore it, or delete {stage / 'step-000006'} to go on from step 4"
+    )
+
+
+def test_facts_are_as_saved_whatever_their_keys(tmp_path: Path) -> None:
+    saved = save_checkpoint(tmp_path / "gad", 2, write, {"by step": {10: 0.1, 9: 1e-7}, "a": float("inf")})
+    assert open_checkpoint(saved.path).facts == {"by step": {"10": 0.1, "9": 1e-7}, "a": float("inf")}
+
+
+def test_a_checkpoint_in_the_folder_of_another_step_is_refused(stage: Path) -> None:
+    shutil.rmtree(stage / "step-000004")
+    (stage / "step-000006").rename(stage / "step-000004")
+    assert refusal(stage / "step-000004") == (
+        f"{stage / 'step-000004' / 'manifest.json'}: of step 6, in a folder of step 4; "
+        f"restore it, or delete {stage / 'step-000004'} to go on from step 2"
+    )
+    (stage / "step-000004").rename(stage / "start")
+    assert open_checkpoint(stage / "start").step == 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trainer/student/stray.safetensors",
+        "trainer/student/._stray.safetensors",
+        "student/special_tokens_map.json",
+        "student/optimizer.pt",
+        "student/manifest.json",
+        "note.txt",
+    ],
+)
+def test_a_file_that_was_not_saved_with_it_is_refused(stage: Path, name: str) -> None:
+    stray = stage / "step-000006" / name
+    stray.write_text("{}")
     assert refusal(stage / "step-000006") == f"{stray}: not saved with this checkpoint; remove it"
+
+
+def test_a_link_that_was_not_saved_with_it_is_refused(stage: Path, tmp_path: Path) -> None:
+    stray = stage / "step-000006" / "student" / "additional_chat_templates"
+    stray.symlink_to(tmp_path)
+    assert refusal(stage / "step-000006") == f"{stray}: not saved with this checkpoint; remove it"
+
+
+def test_an_added_file_cannot_steer_the_terminal(stage: Path) -> None:
+    (stage / "step-000006" / "a\x1b[2J\nb").touch()
+    assert "a\\x1b[2J\\nb" in refusal(stage / "step-000006")
+
+
+def test_what_systems_leave_in_a_folder_is_no_part_of_it(stage: Path) -> None:
+    student = stage / "step-000006" / "student"
+    for name in (".DS_Store", "._config.json", ".nfs000000000a"):
+        (student / name).touch()
+    (student / ".cache" / "huggingface").mkdir(parents=True)
+    (student / ".cache" / "huggingface" / "upload.lock").touch()
+    assert open_checkpoint(stage / "step-000006").step == 6
 
 
 def test_a_folder_that_is_no_checkpoint_of_ours_is_never_to_be_deleted(tmp_path: Path, stage: Path) -> None:
@@ -374,9 +433,9 @@ def test_opening_a_checkpoint_runs_no_pickle(stage: Path, tmp_path: Path) -> Non
     mark = tmp_path / "mark"
     for name in (".metadata", "optimizer.pt", "pytorch_model.bin", "__0_0.distcp"):
         (folder / "student" / name).write_bytes(pickle.dumps(Bomb(mark)))
-    checkpoint = open_checkpoint(stage / "step-000006")
+    assert "not saved with this checkpoint" in refusal(stage / "step-000006")
     tensors = {"exp_avg.w": torch.zeros(6), "step.w": torch.tensor(0.0)}
-    load_tensors(tensors, checkpoint.path / "trainer" / "student")
+    load_tensors(tensors, folder / "student")
     assert torch.equal(tensors["exp_avg.w"], torch.ones(6))
     assert not mark.exists()
 
@@ -399,6 +458,7 @@ def test_student_and_discriminator_open_as_what_they_are(tmp_path: Path, tiny_mo
 
     checkpoint = save_checkpoint(tmp_path / "gad", 2, write_models, {})
     opened = AutoModelForCausalLM.from_pretrained(checkpoint.path / "student")
+    assert open_checkpoint(checkpoint.path) == checkpoint, "opening it adds nothing"
     for name, tensor in student.state_dict().items():
         assert torch.equal(opened.state_dict()[name], tensor), name
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path / "student")

@@ -121,6 +121,29 @@ def test_several_responses_may_be_texts_or_objects(tmp_path, responses):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"response": "x", "responses": ["x", "y"]},
+        {"responses": ["x", "y"], "teacher_response": "y"},
+        {"response": "x", "teacher_response": "y", "responses": ["x", "y"]},
+        {"response": ["x", "y"], "responses": []},
+    ],
+)
+def test_fields_that_repeat_a_response_say_it_once(tmp_path, fields):
+    row = only_row(tmp_path, {"prompt": "a", **fields})
+    assert row.responses == (TeacherResponse("x"), TeacherResponse("y"))
+
+
+def test_a_prompt_whose_responses_are_ambiguous_is_kept_where_none_is_needed(tmp_path):
+    fields = {"prompt": "a", "response": "b", "responses": ["c"]}
+    dataset = load(tmp_path, fields, needs_response=False)
+    assert [(row.prompt, row.responses) for row in dataset.rows] == [("a", ())]
+    assert dataset.bad[0].detail == (
+        "response: 'b', responses: ['c']; put all responses to a prompt into one list"
+    )
+
+
+@pytest.mark.parametrize(
     ("fields", "finished"),
     [
         ({"response": "x", "finish_reason": "length"}, [False]),
@@ -182,6 +205,8 @@ def test_texts_are_kept_to_the_character(tmp_path):
         ({"prompt": "a", "response": "\n"}, "empty-response"),
         ({"messages": turns(("user", "a"), ("assistant", ""))}, "empty-response"),
         ({"prompt": "a", "response": 5}, "wrong-type"),
+        ({"prompt": "a", "response": "b", "responses": ["c", "d"]}, "ambiguous-response"),
+        ({"prompt": "a", "response": "b", "teacher_response": "c"}, "ambiguous-response"),
         ({"prompt": "a", "response": "b", "finish_reason": 3}, "wrong-type"),
         ({"prompt": "a", "response": "b", "finish_reason": ["stop", "stop"]}, "wrong-type"),
         ({"prompt": "a", "response": "b", "teacher": 4}, "wrong-type"),
@@ -234,7 +259,9 @@ def test_the_first_usable_row_of_a_prompt_is_kept(tmp_path):
     dataset = load(tmp_path, *rows)
     assert [row.responses[0].text for row in dataset.rows] == ["first"]
     assert dataset.bad_by_reason() == {"empty-response": 1, "duplicate-prompt": 1}
-    assert f"as {tmp_path / 'rows.jsonl'}:2" in dataset.bad[1].detail
+    assert dataset.bad[1].detail == (
+        f"as {tmp_path / 'rows.jsonl'}:2: 'a'; several responses to a prompt go into one row, as a list"
+    )
 
 
 def test_the_same_source_twice_is_all_duplicates(tmp_path):

@@ -22,6 +22,7 @@ from gadfly.sizing.model_shape import read_shape
 from gadfly.tensor_files import check_tensors
 
 DEEP = b"[" * 100_000
+MANIFEST = {"step": 1, "facts": {}, "files": {}, "digest": ""}
 odd = st.sampled_from(
     [None, True, -1, 10**400, 1e999, float("nan"), "", "x", "\ud800\x00", [], [1], {}, {"a": 1}, "a" * 5000]
 )
@@ -58,8 +59,8 @@ def refused(path: Path) -> str:
     content=st.binary(max_size=40)
     | st.just(DEEP)
     | st.builds(
-        lambda key, value: json.dumps({"step": 1, "facts": {}, "files": {}, key: value}).encode(),
-        st.sampled_from(["step", "facts", "files"]),
+        lambda key, value: json.dumps({**MANIFEST, key: value}).encode(),
+        st.sampled_from(sorted(MANIFEST)),
         odd | st.dictionaries(st.text(st.characters(), max_size=5) | st.just("a" * 5000), odd, max_size=2),
     )
 )

@@ -7,10 +7,11 @@ from typing import get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from gadfly.config import Recipe
 from gadfly.errors import ConfigError
-from gadfly.recipe_file import load_recipe
+from gadfly.recipe_file import fields, load_recipe, section_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEAST = 'name = "pirate"\n[student]\nmodel = "some/model"\n'
@@ -66,8 +67,7 @@ keep_last = 1.5
         "pirate.toml: name = 'pirate ship': "
         "use letters, digits, '.', '_' and '-', beginning with a letter or a digit",
         "pirate.toml: sampling.temperatur: unknown key; did you mean 'temperature'?",
-        "pirate.toml: seqkd.epochs = 'three': "
-        "input should be a valid number, unable to parse string as a number",
+        "pirate.toml: seqkd.epochs = 'three': input should be a valid number",
         "pirate.toml: student.model: must be given (A Hugging Face name or a folder)",
         "pirate.toml: student.modle: unknown key; did you mean 'model'?",
     ]
@@ -95,6 +95,8 @@ keep_last = 1.5
             "'judge.max_response_tokens'?",
         ),
         ("[gad]\nxyzzy = 1", "gad.xyzzy: unknown key"),
+        ("[GAD]\ngroup_size = 4", "GAD: unknown key; did you mean 'gad'?"),
+        ("[gad]\nGroup_Size = 4", "gad.Group_Size: unknown key; did you mean 'group_size'?"),
     ],
 )
 def test_an_unknown_key_is_told_where_it_belongs(write: Callable[[str], Path], line: str, told: str) -> None:
@@ -132,6 +134,38 @@ def test_an_unknown_key_is_told_where_it_belongs(write: Callable[[str], Path], l
 )
 def test_a_wrong_value_is_one_line(write: Callable[[str], Path], line: str, told: str) -> None:
     assert mistakes(write(LEAST + line)) == [f"pirate.toml: {told}"]
+
+
+def is_a_number(field: FieldInfo) -> bool:
+    kinds = [field.annotation, *get_args(field.annotation)]
+    kinds += [inner for kind in kinds for inner in get_args(kind)]
+    return (int in kinds or float in kinds) and section_of(field) is None
+
+
+NUMBERS = [key for key, field in fields() if is_a_number(field)]
+
+
+@pytest.mark.parametrize("value", ["true", '"4"', "[true]", '["4", "4"]', "{ a = true }"])
+def test_no_number_may_be_a_truth_value_or_text(write: Callable[[str], Path], value: str) -> None:
+    assert {"seed", "gad.group_size", "discriminator.adam_betas", "data.teachers"} < set(NUMBERS)
+    # There, text is a path.
+    numbers = [key for key in NUMBERS if not (key == "gad.start_from" and value == '"4"')]
+    told = mistakes(write(LEAST), *(f"{key}={value}" for key in numbers))
+    missing = [key for key in numbers if not any(f"command line: {key}" in line for line in told)]
+    assert missing == []
+
+
+def test_a_whole_number_may_stand_where_any_number_may(write: Callable[[str], Path]) -> None:
+    recipe = load_recipe(write(LEAST + "[gad]\nepochs = 3\n"), ["discriminator.adam_betas=[0, 0]"])
+    assert (recipe.gad.epochs, recipe.discriminator.adam_betas) == (3.0, (0.0, 0.0))
+
+
+def test_an_alpha_without_an_adapter_is_a_mistake(write: Callable[[str], Path]) -> None:
+    assert mistakes(write(LEAST + "lora_alpha = 16\n")) == [
+        "pirate.toml: student.lora_alpha = 16: with student.lora_rank = 0 every weight is trained and there "
+        "is no adapter; leave it out, or give student.lora_rank"
+    ]
+    assert load_recipe(write(LEAST + "lora_alpha = 16\nlora_rank = 8\n")).student.lora_alpha == 16
 
 
 def test_a_section_that_is_no_table_is_one_line(write: Callable[[str], Path]) -> None:
@@ -196,8 +230,7 @@ def test_a_number_where_text_is_wanted_is_told_how_to_be_text(write: Callable[[s
 
 def test_a_line_break_smuggles_in_no_second_key(write: Callable[[str], Path]) -> None:
     assert mistakes(write(LEAST), 'seed=1\nname = "x"') == [
-        "command line: seed = '1\\nname = \"x\"': input should be a valid integer, "
-        "unable to parse string as an integer"
+        "command line: seed = '1\\nname = \"x\"': input should be a valid integer"
     ]
 
 

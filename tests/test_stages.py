@@ -155,6 +155,45 @@ def test_a_pause_of_seqkd_is_no_part_of_its_pace(recipe_file: Path) -> None:
     assert plan["steps"] == max(1, stages["seqkd"]["steps"] + round(left / pace))
 
 
+def test_after_gad_was_trained_again_the_equal_time_baseline_says_it_has_to_be_too(recipe_file: Path) -> None:
+    with open_run(load_recipe(recipe_file)) as run:
+        for stage in (seqkd, warmup, gad, seqkd_equal_time):
+            stage(run)
+        folder = run.folder.stage("seqkd-equal-time")
+        shutil.rmtree(run.folder.stage("gad"))
+    with open_run(load_recipe(recipe_file, ["gad.max_steps=2"])) as run:
+        gad(run)
+        with pytest.raises(RunFolderError, match="trained again since") as refusal:
+            seqkd_equal_time(run)
+        assert "delete that folder and run the same command again" in str(refusal.value)
+        assert str(refusal.value).startswith(f"{folder}: ")
+        shutil.rmtree(folder)
+        seqkd_equal_time(run)
+        assert run.folder.is_done("seqkd-equal-time")
+
+
+def test_gad_goes_back_to_the_same_step_again_once_it_was_run_without_going_back(
+    recipe_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = recipe_file.parent / "runs" / "tiny" / "gad" / "step-000006"
+
+    def trains_again(*overrides: str) -> bool:
+        before = last.stat().st_ctime_ns if last.exists() else None
+        with open_run(load_recipe(recipe_file, overrides)) as run:
+            gad(run)
+        return last.stat().st_ctime_ns != before
+
+    with open_run(load_recipe(recipe_file)) as run:
+        warmup(run)
+    assert trains_again()
+    assert trains_again("gad.start_from=4")
+    caplog.set_level("INFO", "gadfly")
+    assert not trains_again("gad.start_from=4")
+    assert "to go back again, run it once without gad.start_from first" in caplog.text
+    assert not trains_again()
+    assert trains_again("gad.start_from=4")
+
+
 def test_checkpoints_written_in_the_background_are_the_same(recipe_file: Path, tmp_path: Path) -> None:
     for name, background in (("at-once", "false"), ("background", "true")):
         options = [f"run_folder={tmp_path / name}", f"checkpoints.in_background={background}"]

@@ -4,13 +4,11 @@ checked at load.
 STAGE/step-000400/student        an ordinary Hugging Face folder
                  /discriminator  the same, the score head included
                  /trainer        optimisers (`tensor_files.py`)
-                 /manifest.json  step, facts, and a hash of every file
+                 /manifest.json  step, facts, and a hash of every file (`manifest.py`)
 STAGE/latest, STAGE/best         links
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -25,10 +23,7 @@ from gadfly.disk_refusals import refusal_in
 from gadfly.distributed.processes import Processes
 from gadfly.errors import CheckpointError, RunFolderError
 from gadfly.late_files import await_files, sizes
-from gadfly.run_folder import hash_file, write_text
-from gadfly.stored_json import check_fields, parse_object
-
-_MANIFEST = "manifest.json"
+from gadfly.manifest import MANIFEST, check_files, read_manifest, write_manifest
 
 
 @dataclass(frozen=True)
@@ -87,15 +82,12 @@ def save_checkpoint(
                 await_files(beside, part)
             # A folder's list may be older than what is in it.
             listed = {path.relative_to(beside).as_posix() for path in beside.rglob("*") if path.is_file()}
-            names = sorted(listed.union(*parts))
-            hashes = {name: hash_file(beside / name) for name in names}
-            manifest = {"step": step, "facts": dict(facts), "files": hashes}
-            write_text(beside / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            manifest = write_manifest(beside, step, facts, listed.union(*parts))
             if place.exists():
                 _delete(place)
             os.replace(beside, place)
             point(stage / "latest", place)
-            return Checkpoint(place, step, dict(facts), _digest(hashes))
+            return Checkpoint(place, step, manifest.facts, manifest.models_digest)
 
     try:
         processes.once("a place for the checkpoint", begin)
@@ -136,12 +128,6 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(beside)
 
 
-def _digest(files: dict[str, str]) -> str:
-    # Equal optimisers need not be equal files: safetensors writes their several notes in any order.
-    models = {name: digest for name, digest in files.items() if not name.startswith("trainer/")}
-    return hashlib.sha256(json.dumps(models, sort_keys=True).encode()).hexdigest()
-
-
 def point(link: Path, target: Path) -> None:
     """Make `link` a link to its neighbour `target`, at one stroke."""
     beside = link.with_name(f".{link.name}.tmp")
@@ -152,8 +138,14 @@ def point(link: Path, target: Path) -> None:
 
 def checkpoint_steps(stage: Path) -> list[int]:
     """Steps of the checkpoints of a stage, oldest first."""
-    names = (re.fullmatch(r"step-(\d{6,})", path.name) for path in stage.glob("step-*"))
-    return sorted(int(name[1]) for name in names if name)
+    steps = (_step_named(path) for path in stage.glob("step-*"))
+    return sorted(step for step in steps if step is not None)
+
+
+def _step_named(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named by; None for another folder."""
+    name = re.fullmatch(r"step-(\d{6,})", folder.name, re.ASCII)
+    return int(name[1]) if name else None
 
 
 def latest_checkpoint(stage: Path, processes: Processes | None = None) -> Checkpoint | None:
@@ -170,7 +162,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint folder, after a check of every file against the manifest.
 
     Raises:
-        CheckpointError: naming the file that is missing or altered.
+        CheckpointError: naming the file that is missing, altered, or was not saved with it.
     """
     try:
         path = path.resolve()
@@ -180,38 +172,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         is_there = False
     if not is_there:
         raise CheckpointError(f"{path}: no such checkpoint; give a folder such as RUN/gad/step-000400")
-    try:
-        manifest = parse_object((path / _MANIFEST).read_bytes())
-        check_fields(manifest, {"files": dict, "step": int, "facts": dict})
-    except FileNotFoundError:
+    way_out = _way_out(path)
+    manifest = read_manifest(path, way_out)
+    named = _step_named(path)
+    if named is not None and named != manifest.step:
         raise CheckpointError(
-            f"{path / _MANIFEST}: missing, so this is no whole checkpoint{_way_out(path)}"
-        ) from None
-    except OSError as failure:
-        raise CheckpointError(
-            f"{path / _MANIFEST}: cannot be read: {failure.strerror}{_way_out(path)}"
-        ) from None
-    except ValueError as invalid:
-        raise CheckpointError(f"{path / _MANIFEST}: not a manifest ({invalid}){_way_out(path)}") from None
-    listed, step, facts = manifest["files"], manifest["step"], manifest["facts"]
-    for name, digest in listed.items():
-        file = path / name
-        if not _is_inside(path, name):
-            raise CheckpointError(
-                f"{path / _MANIFEST}: lists {name!r:.200}, outside the folder; do not use it"
-            )
-        # In an error it would make several lines, or steer the terminal.
-        if not name.isprintable():
-            raise CheckpointError(f"{path / _MANIFEST}: lists {name!r:.200}, no name of ours; do not use it")
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, so the checkpoint is incomplete{_way_out(path)}")
-        if hash_file(file) != digest:
-            raise CheckpointError(f"{file}: altered since it was saved{_way_out(path)}")
-    # Readers take every file of weights they find, and only these.
-    for file in path.rglob("*.safetensors"):
-        if file.relative_to(path).as_posix() not in listed:
-            raise CheckpointError(f"{file}: not saved with this checkpoint; remove it")
-    return Checkpoint(path, step, facts, _digest(listed))
+            f"{path / MANIFEST}: of step {manifest.step}, in a folder of step {named}{way_out}"
+        )
+    check_files(path, manifest, way_out)
+    return Checkpoint(path, manifest.step, manifest.facts, manifest.models_digest)
 
 
 def student_of(name: str) -> str:
@@ -226,18 +195,7 @@ def student_of(name: str) -> str:
     path = Path(name)
     if (path / "latest").exists():
         path /= "latest"
-    return str(open_checkpoint(path).path / "student") if (path / _MANIFEST).exists() else name
-
-
-def _is_inside(folder: Path, name: str) -> bool:
-    """Whether a name, with all links followed, is a path within a folder, or may become one."""
-    try:
-        file = (folder / name).resolve()
-        file.is_file()
-    # A link to itself, a name too long, a null byte, half a character.
-    except (OSError, RuntimeError, ValueError):
-        return False
-    return file.is_relative_to(folder)
+    return str(open_checkpoint(path).path / "student") if (path / MANIFEST).exists() else name
 
 
 def _way_out(path: Path) -> str:

@@ -65,6 +65,7 @@ def show_logs(*, is_quiet: bool = False) -> ConsoleHandler:
     `is_quiet` is for a process beside the one that speaks: it shows nothing.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = ConsoleHandler()

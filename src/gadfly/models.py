@@ -16,6 +16,7 @@ from transformers import (
 from gadfly.attention import open_attention
 from gadfly.chat_template import Renderer, load_renderer
 from gadfly.errors import UserError
+from gadfly.hub import why_not_there
 from gadfly.lora import adapted_model, merge_adapter
 
 
@@ -50,6 +51,8 @@ def open_pretrained(
     Raises:
         UserError: if it cannot be opened, or a weight is missing (transformers would draw it at random).
     """
+    if (missing := why_not_there(name)) is not None:
+        raise UserError(f"model {name!r} cannot be opened: {missing}")
     try:
         if (whole := adapted_model(name)) is not None:
             model, _ = open_pretrained(kind, whole, dtype, device)
@@ -65,9 +68,9 @@ def open_pretrained(
         raise UserError(f"model {name!r} cannot be opened: {reason}") from failure
     model, report = opened
     # Nobody reads the pooled output, and encoders that were saved for another task lack its weights.
-    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
+    if lacking := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
         raise UserError(
-            f"model {name!r} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; "
+            f"model {name!r} lacks {len(lacking)} weights of a {type(model).__name__}, such as {lacking[0]}; "
             f"give the folder of a whole one"
         )
     return model.eval().to(device or default_device()), tokenizer

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from gadfly.config import TRAINING_STAGES, Recipe
 from gadfly.errors import ConfigError
+from gadfly.model_identity import may_be_hub_name
 from gadfly.run_folder import merge
 
 Table = dict[str, Any]
@@ -37,13 +38,16 @@ _PATHS = (
     "judge.tell_model",
 )
 
+# Those of them that name models.
+_MODELS = ("student.model", "discriminator.model", "generate.checkpoints", "judge.tell_model")
+
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read `path` and apply `key=value` overrides (values are TOML; a bare word is a string).
 
     A relative path in the file is resolved against the file's folder, one on the command line against
-    the current folder. Model and data names that are no existing path are taken as hub names and left
-    alone.
+    the current folder. Model and data names that are no existing path are taken as hub names, where they
+    can be one, and left alone.
 
     Raises:
         ConfigError: with one line for every mistake in file and overrides.
@@ -148,8 +152,8 @@ def _means_path(dotted: str, value: str, resolved: str) -> bool:
         return value != "latest"
     if dotted == "generate.checkpoints" and value.split("/")[0] in ("base", *TRAINING_STAGES):
         return False
-    # Otherwise it can only be a hub name.
-    return os.path.exists(resolved)
+    # Otherwise it can only be a hub name, if it can be one.
+    return os.path.exists(resolved) or (dotted in _MODELS and not may_be_hub_name(value))
 
 
 def _by_key(errors: Iterable[ErrorDetails], table: Table) -> dict[str, list[ErrorDetails]]:
@@ -225,12 +229,15 @@ def _explain_missing(key: str) -> str:
 
 def _suggestion(key: str) -> str:
     """Where the key belongs, else what it may be a slip of: beside it first, then anywhere."""
-    outer, _, last = key.rpartition(".")
     homes: dict[str, list[str]] = {}
     for known, _ in fields():
         homes.setdefault(known.rpartition(".")[2], []).append(known)
+    outer, _, last = key.lower().rpartition(".")
     beside = [name for name in homes if (f"{outer}.{name}" if outer else name) in homes[name]]
-    if last in homes:
+    # There it would be known, but for capitals.
+    if last in beside:
+        meant = [last]
+    elif last in homes:
         meant = homes[last]
     elif near := difflib.get_close_matches(last, beside, n=1, cutoff=0.6):
         meant = near

@@ -32,7 +32,7 @@ class AlarmsConfig(Section):
     most three times a stage; without a remedy, stop. A loss or gradient that is no number stops at least."""
     actions: dict[AlarmName, Action] = {}
     """The same for single alarms, as in `{ collapse = "stop" }`."""
-    window: Annotated[int, Field(ge=8, le=1000, strict=True)] = 20
+    window: Annotated[int, Field(ge=8, le=1000)] = 20
     """Steps over which a trend is judged. Fewer find a fault sooner and see more where there is none."""
 
     @model_validator(mode="after")

@@ -149,6 +149,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _alpha_is_of_an_adapter(self) -> "Recipe":
+        if self.student.lora_alpha is not None and self.student.lora_rank == 0:
+            raise ValueError(
+                f"student.lora_alpha = {self.student.lora_alpha}: with student.lora_rank = 0 every weight is "
+                f"trained and there is no adapter; leave it out, or give student.lora_rank"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_learn_at_higher_rates(self) -> "Recipe":
         if self.student.lora_rank > 0:
             for name in ("discriminator", "seqkd", "warmup", "gad"):

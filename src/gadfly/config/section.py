@@ -21,19 +21,22 @@ def _without_null(text: str) -> str:
 
 Name = Annotated[str, AfterValidator(_file_name)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_null)]
-PositiveRate = Annotated[float, Field(gt=0, le=1, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-Steps = Annotated[int, Field(ge=0, strict=True)]
+PositiveRate = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
 Schedule = Literal["constant", "cosine"]
 Files = Text | Annotated[list[Text], Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A table of the recipe: frozen, and a key it does not know is a mistake."""
+    """A table of the recipe: frozen. A key it does not know is a mistake, and so is a value of another kind,
+    such as text in place of a number.
+    """
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
         allow_inf_nan=False,
+        strict=True,
     )

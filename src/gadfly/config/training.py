@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, Strict
 
 from gadfly.config.section import Count, Name, PositiveRate, Schedule, Section, Steps, Text
 
@@ -23,13 +23,13 @@ def _names_are_free(rewards: "dict[str, RewardConfig]") -> "dict[str, RewardConf
     return rewards
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Section):
     """AdamW for one role. The learning rate is the stage's, since it differs from stage to stage."""
 
-    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.999,
-    )
+    adam_betas: Annotated[tuple[_Decay, _Decay], Strict(False)] = (0.9, 0.999)
     """Decay of AdamW's running mean and running square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's weight decay, on every parameter."""

@@ -118,6 +118,8 @@ def gather(
                 rows[prompt] = replace(first, responses=first.responses + row.responses)
             else:
                 same = f"as {first.source}:{first.line}: {excerpt(row.prompt)}"
+                if row.responses:
+                    same += "; several responses to a prompt go into one row, as a list"
                 faults.append(BadField("duplicate-prompt", same))
         bad += [BadRow(source, line, fault.reason, fault.detail) for fault in faults]
     dataset = Dataset(tuple(rows.values()), tuple(bad))

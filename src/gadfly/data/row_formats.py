@@ -3,9 +3,10 @@
 The prompt is `messages` (a list of role and content), `prompt` (text, or such a list) or `content`
 (such a list); of several the first in this order that is not null, since `messages` beside a
 `prompt` text is the whole conversation. The teacher's words are `response`, `teacher_response` or
-`responses`: one text, one object with `response`, `text` or `content`, or a list of those. Without
-any of them, a last turn of the assistant is the response. Every turn is kept as it is; fields not
-named here are not read.
+`responses`: one text, one object with `response`, `text` or `content`, or a list of those; of several
+of these fields one must hold all that the others do. Several responses to a prompt go into one row, as
+such a list: a second row of a prompt is left out as a duplicate. Without any of them, a last turn of the
+assistant is the response. Every turn is kept as it is; fields not named here are not read.
 """
 
 import reprlib
@@ -35,8 +36,8 @@ class BadField(ValueError):
 
     Attributes:
         reason: a fixed slug: broken-json, invalid-utf-8, wrong-type, no-prompt, empty-prompt,
-            bad-role, assistant-last, no-response, empty-response, content-filter,
-            duplicate-prompt, or a mark of `marks.py`.
+            bad-role, assistant-last, no-response, ambiguous-response, empty-response,
+            content-filter, duplicate-prompt, or a mark of `marks.py`.
         detail: where in the row, with a short excerpt of the value.
     """
 
@@ -72,11 +73,14 @@ def parse_row(
                 _text(mark, "mark"), f"marked so when it was collected: {excerpt(fields.get('response'))}"
             )
         turns = _turns(fields)
-        given = _given_responses(fields)
+        try:
+            given = _given_responses(fields)
+        except BadField as fault:
+            given, bad = [], [fault]
         if given is None:
             given = [turns.pop().content] if turns and turns[-1].role == "assistant" else []
         _check_prompt(turns)
-        if needs_response and not given:
+        if needs_response and not given and not bad:
             raise BadField("no-response", f"none of {', '.join(_RESPONSES)} is given")
         responses = []
         reasons = _for_each(fields, "finish_reason", len(given))
@@ -127,11 +131,22 @@ def _check_prompt(turns: list[Message]) -> None:
 
 
 def _given_responses(fields: Mapping[Any, Any]) -> list[Any] | None:
-    key = _first_given(fields, _RESPONSES)
-    if key is None:
+    given = {key: _as_list(fields[key]) for key in _RESPONSES if fields.get(key) is not None}
+    if not given:
         return None
-    given = fields[key]
-    return given if isinstance(given, list) else [given]
+    fullest = max(given, key=lambda key: len(given[key]))
+    for key, responses in given.items():
+        if any(response not in given[fullest] for response in responses):
+            raise BadField(
+                "ambiguous-response",
+                f"{key}: {excerpt(fields[key])}, {fullest}: {excerpt(fields[fullest])}; "
+                f"put all responses to a prompt into one list",
+            )
+    return given[fullest]
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _response(

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from gadfly.errors import UserError
+from gadfly.hub import why_not_there
 
 # Decoders whose layers keep for the backward pass what `activations.py` derives, term by term.
 _LLAMA_LIKE = {"llama", "qwen2", "qwen3", "mistral"}
@@ -80,6 +81,8 @@ def read_shape(name: str) -> ModelShape:
     Raises:
         UserError: if there is no config, or none of a causal language model.
     """
+    if (missing := why_not_there(name)) is not None:
+        raise UserError(f"model {name!r}: its config cannot be read: {missing}")
     try:
         return shape_of(AutoConfig.from_pretrained(name, trust_remote_code=False))
     except Exception as failure:

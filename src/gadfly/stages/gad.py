@@ -12,6 +12,7 @@ Within a step the reward is the score before the discriminator's update, and tha
 also the discriminator's training pass. One update each.
 """
 
+import logging
 from pathlib import Path
 
 from gadfly.checkpoint import (
@@ -36,6 +37,8 @@ from gadfly.stages.diagnostics import (
 from gadfly.stages.remedies import reopened
 from gadfly.stages.rewards import Rewards
 from gadfly.stages.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 @reopened("gad")
@@ -139,10 +142,24 @@ def _start(run: Run) -> Checkpoint:
 
 
 def _go_back(run: Run) -> bool:
-    """Go back, once, if `gad.start_from` is a step of this stage. Returns whether it did."""
+    """Go back if `gad.start_from` is a step of this stage. Returns whether it did.
+
+    Once, since the same command also goes on after a kill; again after the stage was begun without it.
+    """
     step, stage = run.recipe.gad.start_from, run.folder.stage("gad")
     begun = run.folder.read_json("gad/stage.json")
-    if isinstance(step, str) or begun.get("went_back_to") == step:
+    went_back_to = begun.pop("went_back_to", None)
+    if isinstance(step, str):
+        if went_back_to is not None:
+            run.folder.write_json("gad/stage.json", begun)
+        return False
+    if went_back_to == step:
+        if begun.get("done"):
+            logger.info(
+                "gad: went back to step %d before, and on to the end; to go back again, run it once without "
+                "gad.start_from first",
+                step,
+            )
         return False
     if step != 0 and step not in checkpoint_steps(stage):
         kept = ", ".join(map(str, checkpoint_steps(stage))) or "none"

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gadfly.checkpoint import latest_checkpoint
+from gadfly.checkpoint import checkpoint_steps, latest_checkpoint
 from gadfly.config import Optimizer, Training
 from gadfly.engine import scheduled_learning_rate
-from gadfly.errors import CheckpointError
+from gadfly.errors import CheckpointError, RunFolderError
 from gadfly.objectives import sft_objective
 from gadfly.run_folder import Record
 from gadfly.stages.evaluation import Evaluation
@@ -44,6 +44,7 @@ def seqkd_equal_time(run: Run) -> None:
         raise CheckpointError(f"{stage}: needs the times of {', '.join(missing)}; run them first")
     last = latest_checkpoint(run.folder.stage("gad"), run.processes)
     assert last is not None, "a finished stage has a checkpoint"
+    _refuse_times_of_another_gad(run, stage, last.digest)
     if not run.folder.begin(stage, {**run.stage_settings("seqkd"), "as_long_as": last.digest}):
         return
     plan = run.folder.read_json(f"{stage}/plan.json")
@@ -80,6 +81,16 @@ def _pace(rows: Sequence[Record], taken: float) -> float:
     if len(steps) > 1 and between < taken:
         return float(between / (len(steps) - 1))
     return float(sum(row["time/step_seconds"] for row in steps) / len(steps))
+
+
+def _refuse_times_of_another_gad(run: Run, stage: str, gad: str) -> None:
+    begun = run.folder.read_json(f"{stage}/stage.json").get("settings") or {}
+    folder = run.folder.stage(stage)
+    if begun.get("as_long_as", gad) != gad and checkpoint_steps(folder):
+        raise RunFolderError(
+            f"{folder}: trained for as long as a gad that has been trained again since, so this baseline has "
+            f"to be too: delete that folder and run the same command again"
+        )
 
 
 @reopened("discriminator-lm")
