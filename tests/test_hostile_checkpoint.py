@@ -54,6 +54,19 @@ def refused(path: Path) -> str:
     return str(refusal.value)
 
 
+@pytest.mark.parametrize("piece", ["../../../outside.safetensors", "other.safetensors", "/etc/passwd"])
+def test_a_list_of_weights_that_leads_elsewhere_is_refused(piece: str, tmp_path: Path) -> None:
+    def write(folder: Path) -> Iterator[Path]:
+        (folder / "student").mkdir()
+        (folder / "student" / "a.safetensors").write_bytes(b"weights")
+        index = {"weight_map": {"one": "a.safetensors", "two": piece}}
+        (folder / "student" / "model.safetensors.index.json").write_text(json.dumps(index))
+        yield from ()
+
+    saved = save_checkpoint(tmp_path / "gad", 1, write, {})
+    assert f"leads to {piece!r}, not saved with this checkpoint" in refused(saved.path)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=80)
 @given(
     content=st.binary(max_size=40)

@@ -97,12 +97,30 @@ def check_files(folder: Path, manifest: Manifest, way_out: str) -> None:
             raise CheckpointError(f"{file}: missing, so the checkpoint is incomplete{way_out}")
         if hash_file(file) != digest:
             raise CheckpointError(f"{file}: altered since it was saved{way_out}")
+        if name.endswith(".index.json"):
+            _check_index(folder, name, manifest)
     # Readers look for files by many names: weights, templates, special tokens.
     for name in _names_in(folder):
         if name not in manifest.files and name != MANIFEST:
             shown = str(folder / name)
             shown = shown if shown.isprintable() else repr(shown)
             raise CheckpointError(f"{shown}: not saved with this checkpoint; remove it")
+
+
+def _check_index(folder: Path, name: str, manifest: Manifest) -> None:
+    """Refuse a list of weights that leads to files which were not saved with it."""
+    try:
+        index = parse_object((folder / name).read_bytes())
+        check_fields(index, {"weight_map": dict})
+        pieces = {str(piece) for piece in index["weight_map"].values()}
+    except ValueError as invalid:
+        raise CheckpointError(f"{folder / name}: no list of weights ({invalid}); do not use it") from None
+    place = Path(name).parent
+    for piece in sorted(pieces):
+        if (place / piece).as_posix() not in manifest.files:
+            raise CheckpointError(
+                f"{folder / name}: leads to {piece!r:.200}, not saved with this checkpoint; do not use it"
+            )
 
 
 def _digest(content: Mapping[str, Any]) -> str:
