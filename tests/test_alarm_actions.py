@@ -28,6 +28,8 @@ from gadfly.stages.remedies import remedy_for
 from gadfly.stages.run import open_run
 from gadfly.stages.sft import seqkd
 from gadfly.stages.warmup import warmup
+from gadfly.stages.watch.screen import snapshot
+from gadfly.stages.watch.watched import Watched
 
 TESTS = Path(__file__).resolve().parent
 SETTINGS = ("gad.save_every=5", "checkpoints.keep_last=20")
@@ -116,6 +118,19 @@ def test_a_stage_goes_back_and_on_with_the_remedy(recipe_file: Path, tmp_path: P
     settings = found["stage"]["settings"]["gad"]
     assert settings["kl_coefficient"] == 0.001, "the stage is still that of the recipe"
     assert drift(recipe_file, tmp_path / "run", "alarms.actions.drift=roll_back") == found
+
+
+def test_what_a_stage_went_back_for_stands_in_its_remedies_and_on_the_screen(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    found = drift(recipe_file, tmp_path / "run", "alarms.actions.drift=roll_back")
+    (remedy,) = found["remedies"]
+    assert remedy["evidence"].startswith("KL to the student after warmup 1.")
+    assert remedy["cause"]
+    assert "gad.kl_coefficient" in remedy["advice"]
+    told = snapshot(Watched(tmp_path / "run"))
+    assert f"gad from step {remedy['step']} to {remedy['back_to']} for drift" in told
+    assert remedy["evidence"] in told
 
 
 def test_without_a_good_checkpoint_it_goes_back_to_the_start(recipe_file: Path, tmp_path: Path) -> None:
@@ -286,7 +301,7 @@ def test_a_kill_before_the_way_back_is_noted_changes_nothing(
 
 def raised(kind: Kind, stage: str) -> Alarm:
     remedy = {key.format(stage=stage): change for key, change in kind.remedy.items()}
-    return Alarm(kind.name, kind.title, 9, 9, "", kind.cause, kind.advice, remedy)
+    return Alarm(kind.name, kind.title, 9, 9, "", kind.cause, kind.advice_in(stage), remedy)
 
 
 @pytest.mark.parametrize("stage", TRAINING_STAGES)

@@ -8,7 +8,7 @@ import pytest
 from planted import HEALTHY, Shape, raised, rows
 
 from gadfly.alarms import ALARMS, KINDS, Circumstances, History, change_band, look, mean_band
-from gadfly.config import AlarmsConfig
+from gadfly.config import TRAINING_STAGES, AlarmsConfig
 from gadfly.errors import ConfigError
 from gadfly.recipe_file import load_recipe
 
@@ -218,6 +218,26 @@ def test_one_wild_value_raises_nothing() -> None:
     assert raised(rows(120, planted=wild)) == {}
 
 
+@pytest.mark.parametrize("ratio", [1.4, 1.8, 2.2, 3.0])
+@pytest.mark.parametrize("shrinks", [False, True])
+def test_samples_that_are_long_and_do_not_grow_are_no_run_away(ratio: float, shrinks: bool) -> None:
+    rng = random.Random(round(10 * ratio))
+
+    def course(step: int) -> float:
+        left = math.exp(-step / 60) if shrinks else 1.0
+        return (1 + (ratio - 1) * left) * (1 + rng.gauss(0.0, 0.1))
+
+    assert raised(rows(160, planted={"rollout/length_ratio": course})) == {}
+
+
+def test_samples_that_were_long_from_the_start_run_away_once_they_grow() -> None:
+    growing = from_onset(3.2, "rollout/length_ratio", over=20)
+    planted: dict[str, Shape] = {"rollout/length_ratio": lambda step: max(1.6, growing(step) or 0.0)}
+    found = raised(rows(120, planted=planted))
+    assert found.keys() == {"length-runaway"}
+    assert ONSET < found["length-runaway"] <= ONSET + 30
+
+
 def test_half_precision_may_differ_by_more() -> None:
     planted = {"detail/sampler_gap_nats": always(0.02)}
     half = Circumstances(group_size=8, held_out=64, is_half=True)
@@ -243,7 +263,7 @@ def test_every_entry_says_what_and_what_to_do() -> None:
     for kind in ALARMS:
         told = (kind.title, kind.meaning, kind.cause, kind.advice)
         assert all(told)
-        assert kind.advice.format(stage="gad").endswith(".")
+        assert kind.advice_in("gad").endswith(".")
         assert not set(kind.hidden_by) - KINDS.keys()
         assert kind.reads or kind.name == "not-finite"
 
@@ -254,6 +274,27 @@ def test_remedies_are_settings_of_the_recipe(recipe_file: Path) -> None:
         for key in kind.remedy:
             section, name = key.format(stage=stage).split(".")
             assert hasattr(getattr(recipe, section), name), key
+
+
+def test_advice_names_settings_that_its_stage_reads(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    named = set()
+    for kind in ALARMS:
+        for stage in kind.stages or TRAINING_STAGES:
+            for section, name in re.findall(r"\b([a-z][a-z-]*)\.([a-z_]+)", kind.advice_in(stage)):
+                assert hasattr(getattr(recipe, section, None), name), (
+                    f"{kind.name} in {stage}: {section}.{name}"
+                )
+                others = set(TRAINING_STAGES) - {stage, stage.removesuffix("-equal-time")}
+                assert section not in others, f"{kind.name} in {stage}: {section}.{name}"
+                named.add((stage, f"{section}.{name}"))
+    assert {
+        ("discriminator-lm", "discriminator.lm_learning_rate"),
+        ("seqkd-equal-time", "seqkd.equal_time_learning_rate"),
+        ("warmup", "warmup.discriminator_learning_rate"),
+        ("gad", "gad.replay"),
+        ("gad", "gad.discriminator_rests_above"),
+    } <= named
 
 
 def test_every_alarm_is_in_the_documentation() -> None:

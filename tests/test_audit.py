@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from audits import UNTRAINED, Fields, found, recipe, rows, write
 from conftest import CHAT_TEMPLATE
+from report_runs import Page, empty_run
 from tokenizers import normalizers
 from transformers import (
     AutoTokenizer,
@@ -137,6 +138,20 @@ def test_training_prompts_in_a_test_set_are_found_whatever_their_case(
 def test_held_out_prompts_that_are_trained_on_are_found(tmp_path: Path, tiny_model: Path) -> None:
     findings = found(recipe(tmp_path, tiny_model, [*rows(0), *rows(1001, 2)]))
     assert findings["leak-into-valid"] is False
+
+
+def test_held_out_prompts_in_a_test_set_are_found(tmp_path: Path, tiny_model: Path) -> None:
+    shared = [{"prompt": row["prompt"].upper() + " "} for row in rows(1001, 20)[:2]]
+    findings = found(recipe(tmp_path, tiny_model, rows(0), test=[*rows(1002, 20), *shared]))
+    assert findings["test-in-valid"] is False
+    assert set(findings) <= UNTRAINED | {"test-in-valid"}
+    looked = json.loads((tmp_path / "runs/audited/audit.json").read_text(encoding="utf-8"))["audit"]
+    (counts,) = looked["test_in_valid"]
+    assert (counts["set"], counts["prompts"], counts["same"], counts["near"]) == ("asked", 22, 2, 0)
+    run = empty_run(tmp_path)
+    run.folder.write_json("audit.json", {"audit": looked})
+    words = " ".join(Page(run.page()).words.split())
+    assert "Of the 22 prompts of asked, 2 are held-out prompts too" in words.replace("\u00a0", " ")
 
 
 def test_test_prompts_with_a_word_changed_are_found(tmp_path: Path, tiny_model: Path) -> None:

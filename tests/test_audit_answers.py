@@ -16,7 +16,14 @@ from gadfly.analysis.audit_answers import (
     looks_cut,
 )
 from gadfly.analysis.audit_findings import CATALOGUE, Finding
-from gadfly.analysis.audit_prompts import Leak, find_leaks, judge_leaks, judge_prompts, pairing
+from gadfly.analysis.audit_prompts import (
+    Leak,
+    find_leaks,
+    judge_chosen_on,
+    judge_leaks,
+    judge_prompts,
+    pairing,
+)
 from gadfly.analysis.surface_features import SurfaceTest, Written
 from gadfly.records import Message, Row
 from gadfly.statistics import Figure, share
@@ -69,7 +76,9 @@ def test_what_one_side_has_is_found_on_either_side(planted, finding: str) -> Non
     ]
     assert names(judge_student(role("teacher", clean), role("student", odd), is_trained=True)) == [finding]
     both = role("teacher", odd), role("student", odd)
-    assert judge_teacher(*both, NONE_OVER, drops=False) == []
+    # What is a fault of the data stays one, but does not tell the roles apart.
+    told = [finding.rstrip("!")] if finding == "control-strings!" else []
+    assert names(judge_teacher(*both, NONE_OVER, drops=False)) == told
     assert judge_student(*both, is_trained=True) == []
 
 
@@ -86,9 +95,31 @@ def test_a_thinking_student_is_told_of_before_training() -> None:
     ]
 
 
-def test_a_rare_control_string_is_a_warning() -> None:
-    some = [*texts(0, 1980), *(text + "<|im_end|>" for text in texts(1, 20))]
+@pytest.mark.parametrize(
+    ("mark", "count", "finding"),
+    [
+        ("<|im_end|>", 100, "control-strings"),
+        ("<|im_end|>", 1, "control-strings"),
+        ("[INST]", 20, "control-strings"),
+        ("[INST]", 19, None),
+        ("<think>", 100, "thinking-tags"),
+        ("<think>", 20, "thinking-tags"),
+        ("<think>", 19, None),
+    ],
+)
+def test_a_rare_tag_or_control_string_is_a_warning_with_its_count(
+    mark: str, count: int, finding: str | None
+) -> None:
+    some = [*texts(0, 2000 - count), *(text + mark for text in texts(1, count))]
     teacher, student = role("teacher", some), role("student", texts(2, 64))
+    found = judge_teacher(teacher, student, NONE_OVER, drops=False)
+    assert names(found) == ([finding] if finding else [])
+    assert all(f"{count} of 2,000 answers" in one.evidence for one in found)
+
+
+def test_a_student_that_thinks_as_rarely_as_the_teacher_is_no_fault() -> None:
+    teacher = role("teacher", [*texts(0, 1940), *["<think>hm"] * 60])
+    student = role("student", [*texts(1, 61), *["<think>hm"] * 3])
     assert judge_teacher(teacher, student, NONE_OVER, drops=False) == []
 
 
@@ -128,6 +159,15 @@ def test_leaks_are_exact_or_near_and_only_many_stop_a_run() -> None:
     assert names(judge_leaks([leak])) == ["leak-into-test!", "near-duplicates"]
     assert names(judge_leaks([replace(leak, prompts=500)])) == ["leak-into-test"]
     assert names(judge_leaks([replace(leak, name="valid", near=())])) == ["leak-into-valid"]
+
+
+def test_test_prompts_that_checkpoints_are_chosen_on_are_counted() -> None:
+    leak = Leak("exam", 200, same=(("a", "1"), ("b", "2")), near=(("c", "3"),))
+    (finding,) = judge_chosen_on([leak, replace(leak, name="clean", same=())])
+    assert (finding.name, finding.is_mechanical) == ("test-in-valid", False)
+    assert finding.evidence == "exam: 2 of 200 prompts, and 1 nearly"
+    near = replace(leak, prompts=10, same=())
+    assert names(judge_chosen_on([near])) == ["test-in-valid"]
 
 
 def test_prompts_and_answers_in_any_order_are_paired_alike() -> None:

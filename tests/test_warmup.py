@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from gadfly.models import load_language_model, save_language_model
 from gadfly.recipe_file import load_recipe
+from gadfly.stages.alarm_actions import Lookout
 from gadfly.stages.examples import Batches
 from gadfly.stages.run import open_run
 from gadfly.stages.warmup import Plan, warmup
@@ -139,6 +140,22 @@ def test_the_student_stands_still_in_the_discriminators_own_steps(
     assert torch.equal(weights[3], original)
     assert not torch.equal(weights[4], original)
     assert torch.equal(weights[7], weights[9])
+
+
+def test_the_discriminator_rests_for_an_alarm_only_where_the_student_moves(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An alarm that stands from the first step to the last.
+    monkeypatch.setattr(
+        Lookout, "rests", property(lambda self: True, lambda self, value: None), raising=False
+    )
+    with open_run(load_recipe(recipe_file)) as run:
+        warmup(run)
+        rows = [row for row in run.folder.rows("metrics.jsonl") if "discriminator/accuracy" in row]
+    moved = {row["step"] for row in rows if "discriminator/grad_norm" in row}
+    assert moved == {row["step"] for row in rows if "student/loss" not in row}
+    assert moved
+    assert any("student/loss" in row for row in rows)
 
 
 def test_fresh_accuracy_is_measured_before_the_update(recipe_file: Path) -> None:

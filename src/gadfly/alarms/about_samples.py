@@ -7,6 +7,9 @@ from gadfly.alarms.alarm import Finding
 from gadfly.alarms.bands import change_band, mean_band
 from gadfly.alarms.history import History, Series
 
+# What is a fifth above its start has grown, noise of these five steps allowed for.
+_GROWN = 1.2
+
 
 def ends_differ(history: History) -> Finding | None:
     """The samples end by themselves far more rarely, or more often, than the teacher's answers.
@@ -51,7 +54,7 @@ def length_runaway(history: History) -> Finding | None:
         if len(last) < count:
             continue
         band = mean_band(last.values)
-        if band.is_above(bound) and band.value > bound * min(series.start(), 1.0):
+        if band.is_above(max(bound, _GROWN * series.start())):
             return Finding(
                 f"the samples are {band.value:.2f} times as long as the teacher's answers over {count} steps "
                 f"(band from {band.low:.2f}), {series.start():.2f} times at the start of the stage",

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from gadfly.alarms.advice import in_words_of
 from gadfly.alarms.history import History
 
 
@@ -53,7 +54,7 @@ class Kind:
         meaning: what is measured, and when that is too much.
         reads: the metrics it looks at; it is raised at a row that has one of them.
         cause: what is likely behind it.
-        advice: what to change.
+        advice: what to change, in words that depend on the stage (`advice.py`).
         find: looks at a stage's rows so far, the newest last.
         remedy: what going back and on changes; empty where no setting would help.
         rests: whether the alarm ends by letting the discriminator rest, since the student can catch up; what
@@ -75,6 +76,10 @@ class Kind:
     stages: tuple[str, ...] = ()
     hidden_by: tuple[str, ...] = ()
     held_out: bool = False
+
+    def advice_in(self, stage: str) -> str:
+        """What to change where it is raised in that stage."""
+        return in_words_of(stage, self.advice)
 
 
 @dataclass(frozen=True)

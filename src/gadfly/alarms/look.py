@@ -41,7 +41,7 @@ def look(history: History, *, only_new: bool = True) -> list[Alarm]:
                 since=finding.since,
                 evidence=finding.evidence,
                 cause=kind.cause,
-                advice=kind.advice.format(stage=history.stage),
+                advice=kind.advice_in(history.stage),
                 remedy={key.format(stage=history.stage): change for key, change in kind.remedy.items()},
             )
     return [alarm for name, alarm in found.items() if not _is_hidden(name, set(found), history)]

@@ -91,6 +91,7 @@ def describe(name: str, answers: Sequence[Answer], control_strings: Collection[s
         "markdown": counted(_MARKDOWN.search),
         "thinking_tags": counted(_THINKING.search),
         "control_strings": counted(lambda text: has_control_string(text, control_strings)),
+        "special_tokens": counted(lambda text: has_control_string(text, control_strings, only_own=True)),
         "other_script": counted(_is_beyond_latin),
         "not_utf8": counted(lambda text: "\ufffd" in text),
         "refusals": counted(lambda text: mark_of(text) == "refusal"),
@@ -183,10 +184,23 @@ def judge_teacher(teacher: Role, student: Role | None, over_cap: Figure, *, drop
         ):
             evidence = _side_by_side(place, teacher, student)
             found.append(Finding("white-space", evidence, is_mechanical=True))
+    return [*found, *_judge_tags(teacher, student)]
+
+
+def _judge_tags(teacher: Role, student: Role | None) -> list[Finding]:
+    """Tags and control strings of the teacher's; too few to compare with the student's are told of too."""
+    found = []
     for key, name in (("thinking_tags", "thinking-tags"), ("control_strings", "control-strings")):
-        if _is_mark_of(figures[key], student.figures.get(key) if student else None, _HABIT):
-            is_habit = figures[key].low > _HABIT
+        one, other = teacher.figures[key], student.figures.get(key) if student else None
+        if _is_mark_of(one, other, _HABIT):
+            is_habit = one.low > _HABIT
             found.append(Finding(name, _side_by_side(key, teacher, student), is_mechanical=is_habit))
+        elif key == "control_strings":
+            # Whatever the student does, nobody wants these learnt; of its own, not one.
+            if one.value >= _HABIT or teacher.figures["special_tokens"].value > 0:
+                found.append(Finding(name, f"{_of(one)} of the teacher"))
+        elif one.value >= _HABIT and (other is None or one.value > other.value):
+            found.append(Finding(name, f"{_of(one)} of the teacher"))
     return found
 
 

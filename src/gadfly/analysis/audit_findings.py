@@ -60,7 +60,7 @@ CATALOGUE: dict[str, Entry] = {
         "remove the thoughts from the data, or choose a template or model that does not think",
     ),
     "control-strings": Entry(
-        "One role's texts hold strings of the chat template, the other's do not",
+        "One role's texts hold strings of a chat template",
         "answers were exported with their template, or the student goes on past the end of its turn",
         "remove them from the data; for the student, name all its end tokens in generation_config.json",
     ),
@@ -93,6 +93,11 @@ CATALOGUE: dict[str, Entry] = {
         "Held-out prompts are in the training data",
         "the same source was used twice, or a split by row instead of by prompt",
         "take them out of data.valid, or leave data.valid out: gadfly then splits by prompt",
+    ),
+    "test-in-valid": Entry(
+        "Test prompts are held-out prompts too",
+        "the same source was used twice",
+        "take them out of data.valid: the best checkpoint is chosen there, and would be chosen on them",
     ),
     "near-duplicates": Entry(
         "Prompts of a test or held-out set are nearly the same as training prompts",

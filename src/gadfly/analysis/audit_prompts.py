@@ -120,7 +120,7 @@ def pairing(pairs: Sequence[tuple[str, str]]) -> Pairing | None:
 
 
 def find_leaks(train: Sequence[Row], sets: Mapping[str, Sequence[Row]]) -> list[Leak]:
-    """Which prompts of each set are in the training data too."""
+    """Which prompts of each set are in the training data too, or in other rows that are given as such."""
     known = {normalised_prompt(row.messages): row.id for row in reversed(train)}
     asked = [(name, row, normalised_prompt(row.messages)) for name, rows in sets.items() for row in rows]
     rest = [(name, row) for name, row, text in asked if text not in known]
@@ -151,6 +151,16 @@ def judge_leaks(leaks: Sequence[Leak]) -> list[Finding]:
         evidence = ", ".join(f"{leak.name}: {len(leak.near):,} of {leak.prompts:,} prompts" for leak in near)
         found.append(Finding("near-duplicates", evidence))
     return found
+
+
+def judge_chosen_on(leaks: Sequence[Leak]) -> list[Finding]:
+    """What it means that test sets have prompts of the held-out one, among which checkpoints are chosen."""
+    evidence = "; ".join(
+        f"{leak.name}: {len(leak.same):,} of {leak.prompts:,} prompts, and {len(leak.near):,} nearly"
+        for leak in leaks
+        if leak.same or leak.near_share > _NEAR
+    )
+    return [Finding("test-in-valid", evidence)] if evidence else []
 
 
 def judge_prompts(paired: Pairing | None, *, over_long: Figure, controlling: Figure) -> list[Finding]:

@@ -126,7 +126,7 @@ class Lookout:
             GoBack: the recipe wants it, and there is a remedy.
         """
         kind = KINDS[error.alarm]
-        evidence, advice = str(error), kind.advice.format(stage=self._stage)
+        evidence, advice = str(error), kind.advice_in(self._stage)
         remedy = {key.format(stage=self._stage): change for key, change in kind.remedy.items()}
         alarm = Alarm(kind.name, kind.title, step, step, evidence, kind.cause, advice, remedy)
         wanted = self._decided(alarm)

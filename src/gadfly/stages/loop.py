@@ -278,7 +278,7 @@ def training_loop(
         loop.answer(alarm)
         saved = "none yet" if loop.last_saved is None else f"step {loop.last_saved}"
         # A sampler that is not the student's says itself what to do.
-        advice = f" {KINDS[alarm.alarm].advice.format(stage=stage)}" if alarm.alarm == "not-finite" else ""
+        advice = f" {KINDS[alarm.alarm].advice_in(stage)}" if alarm.alarm == "not-finite" else ""
         raise AlarmError(
             f"{stage} step {loop.step}: {alarm}. Last good checkpoint: {saved}.{advice} The same command "
             f"goes on from there.",

@@ -12,6 +12,7 @@ from functools import wraps
 from typing import Any
 
 from gadfly.alarms import Alarm
+from gadfly.alarms.advice import RATES
 from gadfly.checkpoint import checkpoint_steps, drop_checkpoints_after
 from gadfly.config import Recipe
 from gadfly.stages.run import Run
@@ -26,11 +27,6 @@ _STANDS_FOR = {
     "gad.discriminator_learning_rate": "discriminator.learning_rate",
     "warmup.discriminator_learning_rate": "discriminator.learning_rate",
     "seqkd.equal_time_learning_rate": "seqkd.learning_rate",
-}
-# Stages whose learning rate is not in a section of their name.
-_RATES = {
-    "seqkd-equal-time.learning_rate": "seqkd.equal_time_learning_rate",
-    "discriminator-lm.learning_rate": "discriminator.lm_learning_rate",
 }
 
 
@@ -78,7 +74,7 @@ def remedy_for(run: Run, stage: str, alarm: Alarm) -> dict[str, float]:
         return {}
     changes = {}
     for key, change in alarm.remedy.items():
-        key = _RATES.get(key, key)
+        key = RATES.get(key, key)
         if key.startswith("gad.") and stage != "gad":
             continue
         before = _value(run.recipe, key)

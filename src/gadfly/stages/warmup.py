@@ -96,7 +96,9 @@ def warmup(run: Run) -> None:
             if discriminator_moves:
                 rollout = players.rollout(step, settings.group_size, batch)
                 loop.mark("sample")
-                judged = train_discriminator(step, rollout.as_read, rests=loop.discriminator_rests)
+                # Beside a student that stands still, no alarm would end by its resting.
+                rests = student_moves and loop.discriminator_rests
+                judged = train_discriminator(step, rollout.as_read, rests=rests)
                 sample_scores = student_scores(judged.scores, rollout.as_read)
                 metrics |= group_metrics(sample_scores, rollout.groups)
                 if loop.is_evaluated(step):

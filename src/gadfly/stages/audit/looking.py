@@ -16,7 +16,13 @@ from gadfly.analysis.audit_answers import (
     judge_teacher,
     proposed_cap,
 )
-from gadfly.analysis.audit_prompts import find_leaks, judge_leaks, judge_prompts, pairing
+from gadfly.analysis.audit_prompts import (
+    find_leaks,
+    judge_chosen_on,
+    judge_leaks,
+    judge_prompts,
+    pairing,
+)
 from gadfly.analysis.surface_features import MIN_PAIRS, SurfaceTest, Written, surface_accuracy
 from gadfly.chat_template import Renderer
 from gadfly.errors import DataError
@@ -85,6 +91,7 @@ def look(
     over_cap = share([len(ids) > cap for ids in told.tokens])
     surface = _surface(asked)
     leaks = find_leaks(run.data.train, {**sets, "valid": run.data.valid})
+    chosen_on = find_leaks(run.data.valid, sets)
     twice = score_twice(run, checkpoint, renderer, [e.row for e in asked.examples], asked.samples)
     estimated = estimate(run, len(run.data.train), _pace(asked, as_trained, student, twice.tokens_per_second))
     findings = [
@@ -95,6 +102,7 @@ def look(
         *twice.findings(),
         *_prompt_findings(run, renderer, rows, strings),
         *judge_leaks(leaks),
+        *judge_chosen_on(chosen_on),
         *judge_surface(surface, is_trained=is_trained),
         *size_findings(estimated),
     ]
@@ -112,6 +120,7 @@ def look(
         "surface": _surface_record(surface),
         "identical_text": {"texts": twice.texts, "different": twice.different, "largest": twice.largest},
         "leaks": [leak.as_record(_SHOWN) for leak in leaks],
+        "test_in_valid": [leak.as_record(_SHOWN) for leak in chosen_on],
         "estimate": estimated,
         "findings": [finding.as_record() for finding in findings],
     }

@@ -141,6 +141,12 @@ def _leaks(look: Record) -> list[str]:
         f"and {leak['near']:,} nearly."
         for leak in look["leaks"]
         if leak["prompts"]
+    ] + [
+        f"Of the {counted(leak['prompts'], 'prompt')} of {leak['set']}, {leak['same']:,} are held-out "
+        f"prompts too, and {leak['near']:,} nearly: checkpoints are chosen on these."
+        # Audits of earlier versions did not look.
+        for leak in look.get("test_in_valid", [])
+        if leak["same"] or leak["near"]
     ]
 
 

@@ -137,7 +137,7 @@ def _alarms(watched: Watched) -> Iterator[Line]:
         yield _line(
             ("  went back", "yellow"),
             f"  {row.get('stage')} from step {row.get('step')} to {row.get('back_to')} for {row.get('name')}",
-            f": {', '.join(told)}",
+            f": {', '.join(told)}; seen: {row.get('evidence')}",
         )
     newest = watched.alarms[-_ALARMS:]
     for row in newest:
