@@ -24,6 +24,7 @@ LAYERS = (
         "shared_prompt",
         "discriminator",
         "chat_template",
+        "control_tokens",
         "checkpoint",
         "replay",
         "tensor_files",
