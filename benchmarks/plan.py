@@ -29,17 +29,19 @@ _SIZES = {
 # Lengths that the groups of both updates fill a micro-batch with, the student's twice.
 _SHAPE = Shape(prompts=14, group_size=4, prompt_tokens=40, response_tokens=20)
 _MICRO_BATCH_TOKENS = 840
+# And longer ones, each group a micro-batch of its own: attention is a greater part.
+_LONG = Shape(prompts=3, group_size=4, prompt_tokens=256, response_tokens=128)
 _RANK = 16
 _NAME = "base"
 # One by 1.1: within a tenth.
 _WANTED = 0.91
-CASES = tuple(f"{size}{kind}" for size in _SIZES for kind in ("", "-lora", "-recomputed"))
+CASES = tuple(f"{size}{kind}" for size in _SIZES for kind in ("", "-lora", "-recomputed", "-long"))
 
 
 def run(case: str, quick: bool) -> Result:
-    """Predict and count for a size: every weight trained, adapters, or activations computed again."""
+    """Predict and count: every weight trained, adapters, activations computed again, or longer texts."""
     name, _, kind = case.partition("-")
-    size, shape = (TINY, QUICK) if quick else (_SIZES[name], _SHAPE)
+    size, shape = (TINY, QUICK) if quick else (_SIZES[name], _LONG if kind == "long" else _SHAPE)
     predicted, measured = predicted_and_measured(
         size, shape, _RANK if kind == "lora" else 0, recomputes=kind == "recomputed"
     )

@@ -25,6 +25,7 @@ LAYERS = (
         "shared_prompt",
         "discriminator",
         "chat_template",
+        "control_tokens",
         "checkpoint",
         "replay",
         "tensor_files",

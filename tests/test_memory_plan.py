@@ -64,6 +64,14 @@ def test_a_step_takes_what_the_formula_says_within_a_tenth(rank: int, recomputes
     assert 0.9 < measured / predicted < 1.1
 
 
+@pytest.mark.parametrize("lengths", [(256, 128), pytest.param((64, 256), marks=pytest.mark.slow)])
+def test_so_does_a_step_on_longer_texts_in_more_layers(lengths: tuple[int, int]) -> None:
+    shape = Shape(prompts=3, group_size=4, prompt_tokens=lengths[0], response_tokens=lengths[1])
+    size = replace(SMALL, layers=10, vocabulary=2048)
+    predicted, measured = predicted_and_measured(size, shape, 0, recomputes=False)
+    assert 0.9 < measured / predicted < 1.1
+
+
 def test_parameters_are_those_counted_by_hand() -> None:
     shape = shape_of(BY_HAND)
     # q and o 8 x 8; k and v 8 x 4; gate, up and down 8 x 12; two norms.
@@ -94,6 +102,19 @@ def test_activations_are_those_counted_by_hand() -> None:
     assert backward_bytes(shape, packed, recomputed) == 5 * (layer + 2 * 12 * 4 + 8 * 4)
     # Two response tokens: 20 logits four times over, or less; and their last states.
     assert head_bytes(shape, packed, Passes(4, lora_rank=1)) == 2 * 8 * 4 + 20 * 4 * 4
+
+
+def test_who_sees_whom_is_counted_once_a_pass_and_in_single_precision_on_a_cpu() -> None:
+    shape = shape_of(BY_HAND)
+    # Two groups of a prompt of 3 tokens and four responses of 2: eight tables of 2 queries and 5 keys.
+    packed, pairs = Packed(2.0, 3, 4, 2), 8 * 2 * 5
+    for passes in (Passes(4), Passes(4, is_autocast=True)):
+        flex = replace(passes, is_flex=True)
+        # Beside it, only what is attended: queries and results, and keys and values of 6 + 8 x 5 places.
+        attended = 22 * 2 * 8 * 4 + (6 + 8 * 5) * 2 * 4 * 4
+        on_flex = 22 * (2 * 8 + 2 * 4) * flex.product_bytes
+        more = kept_bytes(shape, packed, passes) - kept_bytes(shape, packed, flex)
+        assert more == 2 * (attended - on_flex) + pairs * 4
 
 
 def test_weights_and_optimisers_are_those_counted_by_hand() -> None:

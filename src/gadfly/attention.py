@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 _NAME = "gadfly"
 
@@ -68,6 +68,8 @@ def open_attention(model: PreTrainedModel) -> bool:
         Whether it has the place now. A model that does not go through the interface once a layer, or has more
         in its attention than the interface says (soft caps, sinks, chunks), is left as it was.
     """
+    # For those that are left with attention of their own.
+    AttentionMaskInterface.register("eager", _eager_mask)
     if not model._supports_attention_backend or model.config._attn_implementation != "sdpa":
         return takes_attention(model)
     AttentionInterface.register(_NAME, _attention)
@@ -82,6 +84,13 @@ def takes_attention(model: nn.Module) -> bool:
     """Whether `open_attention` has found that a model can be called with `attends`."""
     config = getattr(model, "config", None)
     return getattr(config, "_attn_implementation", None) == _NAME
+
+
+def _eager_mask(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
+    """The mask of transformers, but finite in single precision too, in which models of any precision take
+    their softmax: rows of padding alone would be no numbers.
+    """
+    return eager_mask(dtype=torch.float32 if dtype == torch.float64 else dtype, **kwargs)
 
 
 @torch.no_grad()

@@ -10,13 +10,14 @@ is told `PROMPT_DATE`, whatever the day.
 """
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from gadfly.control_tokens import ContentsAsText, make_controls_special
 from gadfly.errors import UserError
 from gadfly.records import Message
 
@@ -53,10 +54,6 @@ _FIXED_DATE = (
 # Stands for an answer where a template is asked what it writes after one.
 _ANSWER = "gadfly"
 
-# A token that marks a turn, and one that is part of an answer although templates write it as well.
-_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-_THOUGHT = re.compile(r"</?(think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
-
 # What the tokenizer writes for bytes that are no UTF-8.
 _REPLACEMENT = "\ufffd"
 
@@ -78,22 +75,19 @@ class Renderer:
     def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the chat template with the generation prompt.
 
+        A control string in a message stays text, unless the template makes something else of the message
+        (see `control_tokens.py`).
+
         Raises:
             UserError: if the template refuses the conversation, as some do a system turn.
         """
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                turns, chat_template=self._dated_template(), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as refusal:
-            # A template is a program of the model's author and may raise anything.
-            roles = ", ".join(message.role for message in messages)
-            raise UserError(
-                f"{self.tokenizer.name_or_path}: the chat template refuses a prompt with the roles {roles}: "
-                f"{refusal}"
-            ) from refusal
+        roles, contents = [message.role for message in messages], [message.content for message in messages]
+        if not self._contents.are_plain(contents):
+            as_text = self._contents.tokens(contents, lambda told: self._prompt(roles, told))
+            if as_text is not None:
+                return as_text
         # No special token is added: the template itself writes those it wants, BOS included.
+        text = self._prompt(roles, contents)
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def response_tokens(self, text: str, finished: bool) -> list[int]:
@@ -120,6 +114,26 @@ class Renderer:
         return str(
             self.tokenizer.decode(content, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
+
+    def _prompt(self, roles: Sequence[str], contents: Sequence[str]) -> str:
+        """The chat template with the generation prompt, as text."""
+        turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, chat_template=self._dated_template(), tokenize=False, add_generation_prompt=True
+                )
+            )
+        except Exception as refusal:
+            # A template is a program of the model's author and may raise anything.
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: the chat template refuses a prompt with the roles "
+                f"{', '.join(roles)}: {refusal}"
+            ) from refusal
+
+    @cached_property
+    def _contents(self) -> ContentsAsText:
+        return ContentsAsText(self.tokenizer)
 
     def _dated_template(self) -> str:
         template = str(self.tokenizer.get_chat_template())
@@ -150,27 +164,8 @@ def load_renderer(tokenizer: PreTrainedTokenizerBase, generation_config: Generat
         logger.warning("%s has no chat template; the plain one is used", tokenizer.name_or_path)
         adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
-    _make_turn_marks_special(tokenizer)
+    make_controls_special(tokenizer, end_ids)
     return Renderer(tokenizer, end_ids, _turn_end(tokenizer, end_ids))
-
-
-def _make_turn_marks_special(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let the tokenizer know the marks that its template writes around turns as control tokens.
-
-    Some tokenizers hold them for words of their vocabulary, as DeepSeek's do: an answer that spells
-    one would have its token, and begin a turn of its own.
-    """
-    turns = [{"role": role, "content": _ANSWER} for role in ("user", "assistant", "user")]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except Exception:
-        # Some templates allow fewer turns; then there is nothing to go by.
-        return
-    known = set(tokenizer.all_special_tokens)
-    marks = [token for token in tokenizer.get_added_vocab() if token in text and token not in known]
-    marks = [token for token in marks if _MARK.fullmatch(token) and not _THOUGHT.fullmatch(token)]
-    if marks:
-        tokenizer.add_special_tokens({"additional_special_tokens": marks}, replace_extra_special_tokens=False)
 
 
 def _end_ids(

@@ -65,7 +65,7 @@ CATALOGUE: dict[str, Entry] = {
         "remove them from the data; for the student, name all its end tokens in generation_config.json",
     ),
     "control-strings-in-prompts": Entry(
-        "Prompts hold strings that the tokenizer reads as control tokens",
+        "Prompts hold strings that spell control tokens of the tokenizer",
         "prompts were exported with their template, or someone tries to steer the model",
         "remove these strings from the prompts",
     ),

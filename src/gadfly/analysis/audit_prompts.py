@@ -169,7 +169,7 @@ def judge_prompts(paired: Pairing | None, *, over_long: Figure, controlling: Fig
     Args:
         paired: the test of whose answers they are, where there is one.
         over_long: share over the cap.
-        controlling: share with strings that the tokenizer reads as control tokens.
+        controlling: share with strings that spell control tokens.
     """
     found = []
     if paired is not None and paired.own.value < _SLIPPED:

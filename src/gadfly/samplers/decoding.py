@@ -1,14 +1,16 @@
 """A model run one token after the other for all branches of some prompts: one interface, two ways."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from gadfly.attention import sequence_arguments, takes_attention
+from gadfly.errors import UserError
 from gadfly.samplers.branch_cache import BranchCache
 
 # Prompt tokens computed at once: enough to keep a device busy, and a bound on what they take.
@@ -45,6 +47,30 @@ def open_decoder(
     """
     kind = SharedDecoder if takes_attention(model) else PaddedDecoder
     return kind(model, prompts, branches, max_tokens)
+
+
+@torch.inference_mode()
+def check_decodable(model: PreTrainedModel) -> None:
+    """Try whether a model with recurrent states gives them to the cache, where rows can be selected.
+
+    Raises:
+        UserError: if it keeps them to itself.
+    """
+    if takes_attention(model) or not model._is_stateful:
+        return
+    decoder = PaddedDecoder(model, [[0], [0, 0]], branches=1, max_tokens=1)
+    try:
+        decoder.prefill()
+        is_decodable = decoder.holds_all()
+    except TypeError:
+        # It takes no cache of keys and values.
+        is_decodable = False
+    if not is_decodable:
+        raise UserError(
+            f"{model.name_or_path or 'the model'}: {type(model).__name__} keeps recurrent states to itself, "
+            f'where the local sampler cannot copy them; set sampling.backend = "vllm", name vLLM servers in '
+            f"sampling.servers, or choose another model"
+        )
 
 
 class SharedDecoder:
@@ -120,8 +146,13 @@ class PaddedDecoder:
 
     def keep(self, rows: Int[Tensor, " row"]) -> None:
         """Drop all rows but these, which are in order."""
-        self._cache.batch_select_indices(rows)
+        # What searches by beams call; unlike the other ways to select, it knows recurrent states.
+        self._cache.reorder_cache(rows)  # type: ignore[arg-type]
         self._mask, self._positions = self._mask[rows], self._positions[rows]
+
+    def holds_all(self) -> bool:
+        """Whether every layer has left in the cache what it needs of the prompts."""
+        return all(_is_filled(layer) for layer in self._cache.layers)
 
     def _forward(self, ids: Tensor) -> Tensor:
         logits: Tensor = self._model(
@@ -133,3 +164,11 @@ class PaddedDecoder:
             logits_to_keep=1,
         ).logits[:, -1]
         return logits
+
+
+def _is_filled(layer: Any) -> bool:
+    if isinstance(layer, LinearAttentionCacheLayerMixin) and not any(
+        (*layer.is_conv_states_initialized.values(), *layer.is_recurrent_states_initialized.values())
+    ):
+        return False
+    return bool(getattr(layer, "is_initialized", True))

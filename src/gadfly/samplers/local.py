@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gadfly.errors import AlarmError
 from gadfly.logprobs import log_distribution
 from gadfly.samplers.canary import Canary, canary_text
-from gadfly.samplers.decoding import open_decoder
+from gadfly.samplers.decoding import check_decodable, open_decoder
 from gadfly.samplers.half_copy import HalfCopy
 from gadfly.samplers.sampler import Request, Sample
 
@@ -30,6 +31,9 @@ class LocalSampler:
         in_half_precision: sample under bfloat16 autocast, as the student is trained.
         canary: for a model of its own, whose weights are to be checked after every update.
         progress: told in words, before each token of the responses decoded together, where sampling is.
+
+    Raises:
+        UserError: the model has states that it does not share (see `check_decodable`).
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class LocalSampler:
         canary: Canary | None = None,
         progress: Callable[[str], None] | None = None,
     ):
+        check_decodable(model)
         self._student = model
         self._half = HalfCopy(model) if in_half_precision else None
         self._model = self._half.model if self._half else model
@@ -79,7 +84,11 @@ class LocalSampler:
     def sample(
         self, requests: Sequence[Request], *, temperature: float, max_response_tokens: int
     ) -> list[list[Sample]]:
-        """The samples of each request, in order. Temperature 0 is greedy."""
+        """The samples of each request, in order. Temperature 0 is greedy.
+
+        Raises:
+            AlarmError: if log-probabilities are not finite.
+        """
         answers: list[list[Sample]] = [[] for _ in requests]
         for chunk in self._chunks(requests):
             asked = [requests[index] for index in chunk]
@@ -146,6 +155,13 @@ class LocalSampler:
     def _assemble(self, steps: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Sample]:
         """The samples from what was drawn at each step: rows, tokens and log-probabilities."""
         row, tokens, logprobs = (torch.cat(parts) for parts in zip(*steps, strict=True))
+        # One number that is none makes all of its row's such, whichever token is drawn.
+        if not bool(logprobs.isfinite().all()):
+            broken = len(row[~logprobs.isfinite()].unique())
+            raise AlarmError(
+                f"log-probabilities of {broken} of {len(row.unique())} samples are not finite: the student's "
+                f"weights have diverged or are broken; nothing was updated on these samples"
+            )
         # Stable, so that the tokens of a row stay in the order they were drawn in.
         order = torch.argsort(row, stable=True)
         lengths = torch.bincount(row)

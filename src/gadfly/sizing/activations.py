@@ -42,6 +42,11 @@ class Packed:
         """Tokens of responses."""
         return self.rows * self.response_tokens
 
+    @property
+    def seen(self) -> int:
+        """Tokens that the last of a branch sees."""
+        return self.prompt_tokens + self.response_tokens
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -69,6 +74,11 @@ class Passes:
         return _HALF if self.is_autocast else self.weight_bytes
 
     @property
+    def attention_bytes(self) -> int:
+        """Of a number that is attended with; on a CPU autocast attends in single precision."""
+        return _SINGLE if self.is_autocast and not self.is_flex else self.product_bytes
+
+    @property
     def casts_weights(self) -> bool:
         """Whether autocast makes copies of the weights, which the backward pass needs too."""
         return self.is_autocast and self.weight_bytes > _HALF
@@ -78,7 +88,7 @@ def kept_bytes(shape: ModelShape, packed: Packed, passes: Passes) -> float:
     """What a decoder's forward pass leaves for the backward pass, at its fullest."""
     tokens = packed.tokens
     # Cosine and sine of the positions, and three integers a token: its id and where attention finds it.
-    shared = tokens * (2 * shape.head_channels * passes.weight_bytes + 3 * 8)
+    shared = tokens * (2 * shape.head_channels * passes.weight_bytes + 3 * 8) + _bias_bytes(packed, passes)
     last_norm = _norm_bytes(shape.hidden, passes) * tokens
     if passes.is_checkpointed:
         # The input of every layer.
@@ -164,12 +174,16 @@ def _linear_input_bytes(shape: ModelShape, queries: int, passes: Passes) -> int:
 
 def _attention_bytes(shape: ModelShape, queries: int, keys: int, packed: Packed, passes: Passes) -> float:
     """Queries, keys, values, what is attended, and the log of each query's sum."""
-    width = passes.product_bytes
+    width = passes.attention_bytes
     a_query = 2 * queries * width + shape.heads * _SINGLE
     if passes.is_flex:
         return packed.tokens * (a_query + 2 * keys * width)
     prompts = packed.groups * packed.prompt_tokens
-    seen = packed.prompt_tokens + packed.response_tokens
-    # Each branch has its prompt's keys and values beside its own, and a mask that is made a number a pair.
-    tables = (prompts + packed.rows * seen) * 2 * keys * width
-    return packed.tokens * a_query + tables + packed.response_count * seen * width
+    # Each branch has its prompt's keys and values beside its own.
+    tables = (prompts + packed.rows * packed.seen) * 2 * keys * width
+    return packed.tokens * a_query + tables
+
+
+def _bias_bytes(packed: Packed, passes: Passes) -> float:
+    """Who sees whom in attention over tables, a number a pair; made once a pass, for all layers."""
+    return 0.0 if passes.is_flex else packed.response_count * packed.seen * passes.attention_bytes
