@@ -139,7 +139,7 @@ def test_a_prompt_whose_responses_are_ambiguous_is_kept_where_none_is_needed(tmp
     dataset = load(tmp_path, fields, needs_response=False)
     assert [(row.prompt, row.responses) for row in dataset.rows] == [("a", ())]
     assert dataset.bad[0].detail == (
-        "response: 'b', responses: ['c']; put all responses to a prompt into one list"
+        "responses: ['c'], response: 'b'; put all responses to a prompt into one list"
     )
 
 

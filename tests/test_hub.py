@@ -75,13 +75,13 @@ class Hub(SimpleHTTPRequestHandler):
 @pytest.fixture
 def hub(tiny_model: Path) -> Iterator[str]:
     """The address of a Hub where every model is the tiny one."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(tiny_model)))
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(tiny_model))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
-@pytest.mark.parametrize("name", ["nomodel", "models/x"])
+@pytest.mark.parametrize("name", [pytest.param("nomodel", marks=pytest.mark.slow), "models/x"])
 def test_without_a_network_a_mistyped_folder_is_told_in_one_line(name: str, tmp_path: Path) -> None:
     told = opened(name, tmp_path, HF_ENDPOINT=NOWHERE)
     assert len(told) == 2
