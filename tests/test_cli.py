@@ -158,7 +158,7 @@ def test_a_users_error_is_one_line(recipe_file: Path, stage: str, override: str,
     assert refused.stdout == ""
 
 
-def test_weights_that_are_no_numbers_stop_the_run(recipe_file: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers_end_the_run(recipe_file: Path, tiny_model: Path, tmp_path: Path) -> None:
     spoilt = tmp_path / "spoilt"
     shutil.copytree(tiny_model, spoilt)
     weights = load_file(spoilt / "model.safetensors")
