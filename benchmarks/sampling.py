@@ -1,13 +1,19 @@
-"""The local sampler against `model.generate(num_return_sequences=G)`.
+"""The local sampler against `model.generate(num_return_sequences=G)`, and vLLM too where it is installed.
 
 Prompts, counts, lengths and temperature are the same. No response ends before the cap on either side.
 """
 
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.result import Result, time_in_turn
 from benchmarks.subjects import (
     DEMO,
+    MIDDLE,
     QUICK,
     SMOLLM2,
     TEMPERATURE,
@@ -16,25 +22,32 @@ from benchmarks.subjects import (
     new_groups,
     new_model,
 )
-from gadfly.samplers import LocalSampler, requests_for
+from gadfly.logprobs import log_distribution
+from gadfly.samplers import Canary, LocalSampler, Sampler, VllmSampler, requests_for
 
 _SUBJECTS = {
     "demo": (DEMO, Shape(8, 8, 64, 128)),
     "demo-long": (DEMO, Shape(8, 8, 1024, 256)),
     "smollm2": (SMOLLM2, Shape(2, 8, 64, 128)),
+    "vllm": (SMOLLM2, Shape(2, 8, 64, 128)),
 }
-_WANTED = {"demo": 2.5, "demo-long": 2.5, "smollm2": 1.5}
+_WANTED = {"demo": 2.5, "demo-long": 2.5, "smollm2": 1.5, "vllm": 0.0}
 _PAIRS = 5
-CASES = tuple(_SUBJECTS)
+_NO_END = frozenset[int]()
+_HAS_VLLM = importlib.util.find_spec("vllm") is not None
+CASES = tuple(case for case in _SUBJECTS if case != "vllm" or _HAS_VLLM)
 
 
 def run(case: str, quick: bool) -> Result:
     """Measure on a model of one of the sizes."""
-    size, shape = (TINY, QUICK) if quick else _SUBJECTS[case]
+    size, shape = _SUBJECTS[case]
+    if quick:
+        # No attention of vLLM's takes heads as narrow as the tiny model's.
+        size, shape = MIDDLE if case == "vllm" else TINY, QUICK
     groups = new_groups(shape, size)
     model = new_model(size, shares_prompts=False)
     prompts = torch.tensor([group.prompt_tokens for group in groups])
-    sampler = LocalSampler(new_model(size, shares_prompts=True), frozenset({size.vocabulary}))
+    sampler = _vllm(model) if case == "vllm" else LocalSampler(new_model(size, shares_prompts=True), _NO_END)
     requests = requests_for(groups, shape.group_size, 0, "benchmark")
 
     def rival() -> None:
@@ -57,3 +70,18 @@ def run(case: str, quick: bool) -> Result:
         f"responses of {shape.response_tokens}"
     )
     return Result.of_times(f"sampling:{case}", times, _WANTED[case], details)
+
+
+def _vllm(model: PreTrainedModel) -> Sampler:
+    """The other sampler, with the weights of a model, which it can read from a folder alone."""
+
+    def logprobs(tokens: Sequence[int]) -> list[float]:
+        ids = torch.tensor(tokens)
+        with torch.inference_mode():
+            distribution = log_distribution(model(input_ids=ids[None]).logits[0, :-1], 1.0)
+        values: list[float] = distribution.gather(-1, ids[1:, None]).squeeze(-1).tolist()
+        return values
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return VllmSampler(folder, model, _NO_END, Canary(logprobs), max_tokens=256)

@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("name", nargs="?", help="which; without it, all are listed")
     parser.add_argument("--seeds", type=int, help="how many (default: as the experiment has it)")
-    parser.add_argument("--first", type=int, default=1, help="the first of them; 0 is for tuning")
+    parser.add_argument("--first", type=int, help="the first of them (default: as the experiment has it)")
     parser.add_argument("--arms", type=_names, help="only these, as in dpo,oracle, or none (default: all)")
     parser.add_argument("--folder", type=Path, default=FOLDER.parent / "runs" / "experiments")
     parser.add_argument("--quick", action="store_true", help="try that everything runs, at tiny sizes")
@@ -56,12 +56,13 @@ def _run(options: argparse.Namespace) -> None:
     settings = [*(experiment.quick if options.quick else []), *options.settings]
     ground = {**experiment.ground_settings, **(experiment.quick_ground if options.quick else {})}
     count = options.seeds or (1 if options.quick else experiment.seeds)
+    first = experiment.first_seed if options.first is None else options.first
     if not options.pages:
-        for seed in range(options.first, options.first + count):
+        for seed in range(first, first + count):
             run_seed(options.name, experiment, folder, seed, settings, ground, options.arms)
-    results = collect_results(options.name, experiment, folder, settings)
+    results = collect_results(options.name, experiment, folder, settings, first)
     # A quick run shows nothing, and tuning decides nothing: nothing is kept of them but what they print.
-    is_kept = not options.quick and not options.settings and options.first > 0
+    is_kept = not options.quick and not options.settings and first >= experiment.first_seed
     kept = FOLDER / options.name / "results.json"
     if is_kept and kept.exists():
         results = results.with_earlier(json.loads(kept.read_bytes()))

@@ -73,6 +73,8 @@ class Experiment(_Table):
     """The same for the ground, in the place of its settings of these names."""
     seeds: Annotated[int, Field(ge=1)] = 5
     """How many the results are meant to have."""
+    first_seed: Annotated[int, Field(ge=1)] = 1
+    """The first of them: those below were used to choose settings."""
 
     @property
     def titles(self) -> dict[str, str]:

@@ -106,12 +106,16 @@ class Results:
         return Results(seeds, figures, seconds, known)
 
 
-def collect_results(name: str, experiment: Experiment, folder: Path, settings: Sequence[str]) -> Results:
-    """Read what the seeds in a folder have measured."""
+def collect_results(
+    name: str, experiment: Experiment, folder: Path, settings: Sequence[str], first: int
+) -> Results:
+    """Read what the seeds in a folder have measured, from a first one on: those below are for tuning."""
     figures: dict[str, dict[str, dict[int, float]]] = {}
     seconds: dict[str, dict[int, float]] = {}
     places = [
-        place for place in sorted(folder.glob("seed-*"), key=_seed) if (place / "measured.json").exists()
+        place
+        for place in sorted(folder.glob("seed-*"), key=_seed)
+        if _seed(place) >= first and (place / "measured.json").exists()
     ]
     for place in places:
         seed = _seed(place)

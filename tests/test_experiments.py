@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -186,6 +187,14 @@ def test_the_mixture_runs_and_what_is_done_is_not_done_again(tmp_path: Path) -> 
     before = metrics.read_bytes()
     assert experiment("mixture", "--quick", "--folder", tmp_path) == first
     assert metrics.read_bytes() == before
+
+
+def test_seeds_that_settings_were_chosen_on_are_in_no_table(tmp_path: Path) -> None:
+    experiment("mixture", "--quick", "--folder", tmp_path)
+    shutil.copytree(tmp_path / "mixture-quick" / "seed-1", tmp_path / "mixture-quick" / "seed-0")
+    everything = experiment("mixture", "--quick", "--pages", "--first", 0, "--folder", tmp_path)
+    assert ", seeds 0, 1;" in everything
+    assert ", seeds 1;" in experiment("mixture", "--quick", "--pages", "--folder", tmp_path)
 
 
 @pytest.mark.slow
