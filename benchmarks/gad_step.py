@@ -8,7 +8,7 @@ from gadfly.groups import reread
 from gadfly.logprobs import LogprobReader, has_plain_head
 from gadfly.losses import group_advantages
 from gadfly.objectives import discriminator_objective, grpo_objective
-from gadfly.samplers import LocalSampler
+from gadfly.samplers import LocalSampler, packing_dtype
 from gadfly.stages.diagnostics import (
     discriminator_metrics,
     group_metrics,
@@ -46,7 +46,7 @@ class GadStep:
             micro_batch_tokens=micro_batch_tokens,
             optimizer=Optimizer(),
         )
-        self._sampler = LocalSampler(student, self._renderer.end_ids)
+        self._sampler = LocalSampler(student, self._renderer.end_ids, copy_dtype=packing_dtype(student))
         self._step = 0
 
     def __call__(self, batch: list[Example]) -> None:

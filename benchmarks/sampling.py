@@ -23,7 +23,7 @@ from benchmarks.subjects import (
     new_model,
 )
 from gadfly.logprobs import log_distribution
-from gadfly.samplers import Canary, LocalSampler, Sampler, VllmSampler, requests_for
+from gadfly.samplers import Canary, LocalSampler, Sampler, VllmSampler, packing_dtype, requests_for
 
 _SUBJECTS = {
     "demo": (DEMO, Shape(8, 8, 64, 128)),
@@ -47,7 +47,7 @@ def run(case: str, quick: bool) -> Result:
     groups = new_groups(shape, size)
     model = new_model(size, shares_prompts=False)
     prompts = torch.tensor([group.prompt_tokens for group in groups])
-    sampler = _vllm(model) if case == "vllm" else LocalSampler(new_model(size, shares_prompts=True), _NO_END)
+    sampler = _vllm(model) if case == "vllm" else _local(new_model(size, shares_prompts=True))
     requests = requests_for(groups, shape.group_size, 0, "benchmark")
 
     def rival() -> None:
@@ -70,6 +70,10 @@ def run(case: str, quick: bool) -> Result:
         f"responses of {shape.response_tokens}"
     )
     return Result.of_times(f"sampling:{case}", times, _WANTED[case], details)
+
+
+def _local(model: PreTrainedModel) -> Sampler:
+    return LocalSampler(model, _NO_END, copy_dtype=packing_dtype(model))
 
 
 def _vllm(model: PreTrainedModel) -> Sampler:

@@ -123,6 +123,10 @@ def test_weights_and_optimisers_are_those_counted_by_hand() -> None:
     assert whole.lasting["student"] == whole.lasting["reference"] == 4 * 1160
     assert whole.lasting["AdamW's moments"] == 2 * 4 * (1160 + 1080)
     assert whole.lasting["copy to sample from"] == 0
+    large = shape_of(SEVEN_B)
+    copied = 4 * (large.parameters - large.vocabulary * 3584)
+    for is_flex, expected in ((True, 0), (False, copied)):
+        assert plan_memory(Workload(large, large, is_flex=is_flex)).lasting["copy to sample from"] == expected
     halves = plan_memory(Workload(shape, shape, gpus=2))
     assert halves.lasting["student"] == 2 * 1160
     assert halves.lasting["copy to sample from"] == 4 * 1160

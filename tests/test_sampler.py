@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tiny import forgetful_folder, random_groups, sharp_model
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from gadfly.config import Optimizer
 from gadfly.demo.scripted_teacher import prompt, random_records
@@ -18,7 +19,7 @@ from gadfly.engine import Engine
 from gadfly.groups import Branch, Group
 from gadfly.logprobs import LogprobReader
 from gadfly.models import load_language_model
-from gadfly.samplers import LocalSampler, Request, Sample, Sampler, requests_for
+from gadfly.samplers import LocalSampler, Request, Sample, Sampler, packing_dtype, requests_for
 
 ENDS = frozenset(range(10))
 """Ten of 259 tokens end a response, so that many of them end early."""
@@ -286,6 +287,33 @@ def test_the_forgetful_student_draws_only_on_what_it_can_see(forgetful: PreTrain
     assert [sample.tokens for sample in one] != [sample.tokens for sample in other]
 
 
+def test_packed_weights_draw_the_same_tokens_with_the_same_logprobs(tiny_model: Path) -> None:
+    single = sharp_model(tiny_model).float()
+    for name, weight in single.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.uniform_(weight, -1, 1)
+    requests = requests_for(GROUPS, 3, seed=5, purpose="gad/1")
+    packed, plain = (LocalSampler(single, ENDS, copy_dtype=dtype) for dtype in (torch.float32, None))
+    for temperature in (0.0, 0.8):
+        ours, theirs = (
+            list(chain(*sampler.sample(requests, temperature=temperature, max_response_tokens=16)))
+            for sampler in (packed, plain)
+        )
+        assert [sample.tokens for sample in ours] == [sample.tokens for sample in theirs]
+        for our, their in zip(ours, theirs, strict=True):
+            assert our.logprobs == pytest.approx(their.logprobs, abs=1e-5)
+
+
+def test_only_weights_beyond_the_caches_are_packed(tiny: PreTrainedModel) -> None:
+    assert packing_dtype(tiny) is None
+    # 16,384 x 1,024 numbers to logits.
+    config = LlamaConfig(
+        vocab_size=2**14, hidden_size=2**10, intermediate_size=8, num_hidden_layers=1, num_attention_heads=8
+    )
+    assert packing_dtype(LlamaForCausalLM(config)) == torch.float32
+    assert packing_dtype(LlamaForCausalLM(config).double()) is None
+
+
 @pytest.fixture(scope="module")
 def autocast_student(tiny_model: Path) -> Engine:
     """A student in single precision that is trained under bfloat16 autocast."""
@@ -312,14 +340,15 @@ def gap_to_the_trainer(student: Engine, sampler: LocalSampler) -> float:
 
 def test_in_half_precision_samples_are_rounded_as_the_trainer_rounds(autocast_student: Engine) -> None:
     student = autocast_student
-    half, single = (LocalSampler(student.model, ENDS, in_half_precision=is_half) for is_half in (True, False))
+    half, single = (LocalSampler(student.model, ENDS, copy_dtype=dtype) for dtype in (torch.bfloat16, None))
     assert 4 * gap_to_the_trainer(student, half) < gap_to_the_trainer(student, single)
 
 
-def test_in_half_precision_the_weights_are_those_of_the_last_update(autocast_student: Engine) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_copies_of_weights_are_those_of_the_last_update(autocast_student: Engine, dtype: torch.dtype) -> None:
     model = copy.deepcopy(autocast_student.model)
     requests = requests_for(GROUPS, 3, seed=5, purpose="gad/1")
-    sampler = LocalSampler(model, ENDS, in_half_precision=True)
+    sampler = LocalSampler(model, ENDS, copy_dtype=dtype)
 
     def drawn(sampler: LocalSampler) -> list[list[Sample]]:
         return sampler.sample(requests, temperature=0.8, max_response_tokens=16)
@@ -329,4 +358,4 @@ def test_in_half_precision_the_weights_are_those_of_the_last_update(autocast_stu
         for weight in model.parameters():
             weight.mul_(1.5)
     sampler.update(model.named_parameters())
-    assert drawn(sampler) == drawn(LocalSampler(model, ENDS, in_half_precision=True)) != before
+    assert drawn(sampler) == drawn(LocalSampler(model, ENDS, copy_dtype=dtype)) != before

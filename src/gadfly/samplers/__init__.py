@@ -2,6 +2,7 @@
 
 from gadfly.samplers.canary import Canary, StudentLogprobs
 from gadfly.samplers.dealt import DealtSampler
+from gadfly.samplers.decoding_copy import packing_dtype
 from gadfly.samplers.local import LocalSampler
 from gadfly.samplers.sampler import Request, Sample, Sampler, requests_for
 from gadfly.samplers.vllm import VllmSampler, suits_vllm
@@ -17,6 +18,7 @@ __all__ = [
     "StudentLogprobs",
     "VllmSampler",
     "VllmServers",
+    "packing_dtype",
     "requests_for",
     "suits_vllm",
 ]

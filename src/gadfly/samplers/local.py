@@ -12,7 +12,7 @@ from gadfly.errors import AlarmError
 from gadfly.logprobs import log_distribution
 from gadfly.samplers.canary import Canary, canary_text
 from gadfly.samplers.decoding import check_decodable, open_decoder
-from gadfly.samplers.half_copy import HalfCopy
+from gadfly.samplers.decoding_copy import DecodingCopy
 from gadfly.samplers.sampler import Request, Sample
 
 _CANARY_TOKENS = 32
@@ -28,7 +28,8 @@ class LocalSampler:
         end_ids: every token that ends a response.
         max_parallel_responses: responses decoded at once, though a request is never split; changes
             speed and memory, not the samples.
-        in_half_precision: sample under bfloat16 autocast, as the student is trained.
+        copy_dtype: decode with copies of the linear layers' weights in this precision (see `DecodingCopy`);
+            where it is bfloat16 and the model's is not, under autocast, as the student is trained.
         canary: for a model of its own, whose weights are to be checked after every update.
         progress: told in words, before each token of the responses decoded together, where sampling is.
 
@@ -42,14 +43,15 @@ class LocalSampler:
         end_ids: frozenset[int],
         *,
         max_parallel_responses: int = 256,
-        in_half_precision: bool = False,
+        copy_dtype: torch.dtype | None = None,
         canary: Canary | None = None,
         progress: Callable[[str], None] | None = None,
     ):
         check_decodable(model)
         self._student = model
-        self._half = HalfCopy(model) if in_half_precision else None
-        self._model = self._half.model if self._half else model
+        self._copy = DecodingCopy(model, copy_dtype) if copy_dtype else None
+        self._model = self._copy.model if self._copy else model
+        self._is_autocast = copy_dtype not in (None, model.dtype)
         self._canary = canary
         self._progress = progress
         self._end_ids = torch.tensor(sorted(end_ids), device=model.device)
@@ -66,8 +68,8 @@ class LocalSampler:
             for name, value in weights:
                 if own[name].data_ptr() != value.data_ptr():
                     own[name].copy_(value)
-        if self._half is not None:
-            self._half.update()
+        if self._copy is not None:
+            self._copy.update()
         if self._canary is not None:
             text = canary_text(self._model.config.get_text_config().vocab_size, _CANARY_TOKENS)
             self._canary.check("the inference copy", text, self._logprobs(text), remedy=_REMEDY)
@@ -99,8 +101,7 @@ class LocalSampler:
         return answers
 
     def _precision(self) -> torch.autocast:
-        is_half = self._half is not None
-        return torch.autocast(self._model.device.type, dtype=torch.bfloat16, enabled=is_half)
+        return torch.autocast(self._model.device.type, dtype=torch.bfloat16, enabled=self._is_autocast)
 
     def _chunks(self, requests: Sequence[Request]) -> Iterator[list[int]]:
         """Requests decoded together: for as many samples each, and with prompts of like length."""

@@ -21,6 +21,8 @@ _VLLM_SHARE, _VLLM_BLOCK = 0.2, 32
 _MOMENTS = 2
 # A layer at work, and the next one, which is gathered meanwhile.
 _LAYERS_IN_FLIGHT = 2
+# Copies of so many bytes are packed on a CPU (`samplers/decoding_copy.py`).
+_PACKED_FROM = 2**26
 # Drawing a token: single-precision log-softmax, and in double precision its exponential and their sums.
 _DRAW_BYTES = 4 + 8 + 8
 
@@ -251,14 +253,17 @@ def _weights(work: Workload, student: int, discriminator: int) -> dict[str, floa
 
 def _copy_bytes(work: Workload, trained: int) -> float:
     """The student's whole weights to sample from; the local sampler of one process shares the student's, but
-    for half copies of its linear layers where it is trained under autocast.
+    for copies of its linear layers: in half precision where it is trained under autocast, and large ones on a
+    CPU.
     """
     if work.sampler == "servers":
         return 0.0
     if work.gpus == 1 and work.sampler == "local":
-        is_copied = work.is_autocast and not work.lora_rank and work.weight_bytes > _HALF
+        is_half = work.is_autocast and work.weight_bytes > _HALF
         # The layers, and the map to logits in the place of the embedding.
-        return float(work.student.decoder_parameters * _HALF) if is_copied else 0.0
+        copied = work.student.decoder_parameters * (_HALF if is_half else work.weight_bytes)
+        is_packed = not work.is_flex and copied >= _PACKED_FROM
+        return float(copied) if not work.lora_rank and (is_half or is_packed) else 0.0
     adapter = trained * ADAPTER_BYTES if work.lora_rank else 0
     return float(work.student.parameters * work.weight_bytes + adapter)
 

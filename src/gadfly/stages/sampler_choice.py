@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from transformers import PreTrainedModel
 
 from gadfly.chat_template import Renderer
@@ -17,6 +18,7 @@ from gadfly.samplers import (
     StudentLogprobs,
     VllmSampler,
     VllmServers,
+    packing_dtype,
     suits_vllm,
 )
 from gadfly.stages.run import Run
@@ -93,17 +95,20 @@ def _own_sampler(
         inference_copy(),
         renderer.end_ids,
         max_parallel_responses=sampling.max_parallel_responses,
-        in_half_precision=_samples_in_half(run, engine),
+        copy_dtype=_copy_dtype(run, engine, model),
         # A model of its own may be left behind by the student.
         canary=canary if run.processes.size > 1 else None,
         progress=run.processes.progress,
     )
 
 
-def _samples_in_half(run: Run, engine: Engine[Logprobs]) -> bool:
-    """Whether the local sampler rounds as the trainer does; with LoRA it would take a second frozen model."""
-    is_autocast = engine.precision == "bfloat16" and run.recipe.student.dtype != "bfloat16"
-    return is_autocast and run.processes.size == 1 and run.recipe.student.lora_rank == 0
+def _copy_dtype(run: Run, engine: Engine[Logprobs], model: PreTrainedModel) -> torch.dtype | None:
+    """Of the local sampler's copies of linear layers; none where they were a second frozen or whole model."""
+    if run.processes.size > 1 or run.recipe.student.lora_rank:
+        return None
+    # Under autocast it rounds as the trainer does.
+    is_autocast = engine.precision == "bfloat16" and model.dtype != torch.bfloat16
+    return torch.bfloat16 if is_autocast else packing_dtype(model)
 
 
 def _asking(run: Run, engine: Engine[Logprobs]) -> StudentLogprobs:

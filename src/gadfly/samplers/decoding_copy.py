@@ -1,0 +1,86 @@
+"""The student to sample from, with copies of its linear layers' weights that are quick to decode with.
+
+Decoding reads all weights for every token of a few rows. Half precision is half the bytes, rounded as a
+trainer under bfloat16 autocast rounds. On a CPU, weights laid out in the order that oneDNN reads them in are
+quicker to multiply with, in either precision: a plain matrix product lays them out anew at every call.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# Weights that the processor's caches hold gain nothing.
+_WORTH_PACKING_BYTES = 2**26
+
+
+def packing_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """That of copies which their layout alone makes quicker, the model's own; None where it does not pay."""
+    weights = [layer.weight for layer in model.modules() if type(layer) is nn.Linear]
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    return model.dtype if size >= _WORTH_PACKING_BYTES and _can_pack(weights[0], model.dtype) else None
+
+
+class DecodingCopy:
+    """A model with copies of the weights of its linear layers; all else is the student's own.
+
+    Args:
+        student: a model in one unsharded process.
+        dtype: of the copies. Where it is not the student's, call the model under autocast.
+
+    Attributes:
+        model: to be called without gradients.
+    """
+
+    def __init__(self, student: PreTrainedModel, dtype: torch.dtype):
+        self.model: PreTrainedModel = copy.deepcopy(student, {id(own): own for own in student.parameters()})
+        self._copies: dict[nn.Linear, _CopiedLinear] = {}
+        # A layer may have more than one name.
+        for name, layer in list(self.model.named_modules(remove_duplicate=False)):
+            # What derives from it may compute something else.
+            if type(layer) is nn.Linear:
+                self.model.set_submodule(name, self._copies.setdefault(layer, _CopiedLinear(layer, dtype)))
+        self.update()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take over the student's weights as they are now."""
+        for copied in self._copies.values():
+            copied.update()
+
+
+class _CopiedLinear(nn.Module):
+    """A linear layer that computes with a copy of its weight; `weight` itself is the student's own."""
+
+    def __init__(self, own: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        self.weight, self.bias = own.weight, own.bias
+        self._dtype = dtype
+        self._copy = own.weight.new_empty(0)
+        self._is_packed = _can_pack(own.weight, dtype)
+
+    def update(self) -> None:
+        # Gone before the next is made, so that there is never more than one of a layer.
+        del self._copy
+        weight = self.weight.detach().to(self._dtype)
+        self._copy = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
+
+    def forward(self, states: Tensor) -> Tensor:
+        if not self._is_packed:
+            return nn.functional.linear(states, self._copy, self.bias)
+        bias = None if self.bias is None else self.bias.to(self._dtype)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            states.to(self._dtype), self._copy, bias, "none", [], ""
+        )
+        return product
+
+
+def _can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch was built with oneDNN's linear layer, which it compiles models for CPUs with."""
+    return (
+        weight.device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
