@@ -1,11 +1,13 @@
 """The local sampler against `model.generate(num_return_sequences=G)`, and vLLM too where it is installed.
 
+`packed` is against the local sampler itself, with the model's own weights in place of packed copies.
 Prompts, counts, lengths and temperature are the same. No response ends before the cap on either side.
 """
 
 import importlib.util
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -29,9 +31,10 @@ _SUBJECTS = {
     "demo": (DEMO, Shape(8, 8, 64, 128)),
     "demo-long": (DEMO, Shape(8, 8, 1024, 256)),
     "smollm2": (SMOLLM2, Shape(2, 8, 64, 128)),
+    "packed": (SMOLLM2, Shape(2, 8, 64, 128)),
     "vllm": (SMOLLM2, Shape(2, 8, 64, 128)),
 }
-_WANTED = {"demo": 2.5, "demo-long": 2.5, "smollm2": 1.5, "vllm": 0.0}
+_WANTED = {"demo": 2.5, "demo-long": 2.5, "smollm2": 1.5, "packed": 1.2, "vllm": 0.0}
 _PAIRS = 5
 _NO_END = frozenset[int]()
 _HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -50,7 +53,7 @@ def run(case: str, quick: bool) -> Result:
     sampler = _vllm(model) if case == "vllm" else _local(new_model(size, shares_prompts=True))
     requests = requests_for(groups, shape.group_size, 0, "benchmark")
 
-    def rival() -> None:
+    def generate() -> None:
         model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -61,9 +64,12 @@ def run(case: str, quick: bool) -> Result:
             max_new_tokens=shape.response_tokens,
         )
 
-    def ours() -> None:
+    def sample(sampler: Sampler) -> None:
         sampler.sample(requests, temperature=TEMPERATURE, max_response_tokens=shape.response_tokens)
 
+    plain = LocalSampler(new_model(size, shares_prompts=True), _NO_END)
+    rival = partial(sample, plain) if case == "packed" else generate
+    ours = partial(sample, sampler)
     times = time_in_turn(1 if quick else _PAIRS, rival, ours)
     details = (
         f"P {shape.prompts} x G {shape.group_size}, prompts of {shape.prompt_tokens} tokens, "

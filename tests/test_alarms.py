@@ -70,7 +70,7 @@ FAULTS: dict[str, tuple[str, dict[str, Shape], int, int]] = {
         ONSET,
         20,
     ),
-    "repetition": ("gad", {"evaluation/repetition": evaluated(0.05, 0.05, 0.05, 0.4)}, ONSET, 20),
+    "repetition": ("gad", {"evaluation/repetition": evaluated(0.05, 0.05, 0.05, 0.4)}, ONSET, 40),
     "drift": ("gad", {"student/kl_nats": from_onset(2.0, "student/kl_nats", over=15)}, ONSET, 30),
     "copies": (
         "gad",
@@ -141,7 +141,10 @@ FAULTS: dict[str, tuple[str, dict[str, Shape], int, int]] = {
     ),
     "cycling": (
         "gad",
-        {"detail/snapshot_gap/warmup": evaluated(4.0, 3.0, 2.0, 1.8, 3.2, 3.4)},
+        {
+            "detail/snapshot_gap/warmup": evaluated(4.0, 3.0, 2.0, 1.8, 3.2, 3.4),
+            "evaluation/tell_accuracy": always(0.75),
+        },
         80,
         20,
     ),
@@ -216,6 +219,37 @@ def test_one_wild_value_raises_nothing() -> None:
         "discriminator/accuracy": lambda step: 0.0 if step == 80 else 0.85,
     }
     assert raised(rows(120, planted=wild)) == {}
+
+
+def test_loops_that_are_fewer_at_once_and_soon_gone_raise_nothing() -> None:
+    assert (
+        raised(rows(200, planted={"evaluation/repetition": evaluated(0.0, 0.0, 0.32, 0.23, 0.13, 0.0)})) == {}
+    )
+
+
+def test_loops_that_stay_for_three_evaluations_are_found_though_they_grow_fewer() -> None:
+    planted = {"evaluation/repetition": evaluated(0.05, 0.05, 0.05, 0.5, 0.45, 0.4)}
+    assert raised(rows(120, planted=planted)) == {"repetition": 100}
+
+
+@pytest.mark.parametrize(
+    ("overlap", "is_progress"),
+    [
+        ((0.3, 0.3, 0.3, 0.34, 0.38), True),
+        ((0.3, 0.3, 0.3, 0.28, 0.25), False),
+        ((0.4, 0.3, 0.2, 0.34, 0.34), False),
+    ],
+    ids=["nearer", "farther", "back-at-the-start"],
+)
+def test_what_an_old_discriminator_praised_is_lost_in_a_circle_but_not_on_the_way_to_the_teacher(
+    overlap: tuple[float, ...], is_progress: bool
+) -> None:
+    planted = {
+        "detail/snapshot_gap/warmup": evaluated(4.0, 2.0, 1.8, 3.2, 3.4),
+        "evaluation/tell_accuracy": evaluated(0.85, 0.95, 0.95, 0.85, 0.8),
+        "evaluation/rouge_l": evaluated(*overlap),
+    }
+    assert ("cycling" in raised(rows(100, planted=planted))) != is_progress
 
 
 @pytest.mark.parametrize("ratio", [1.4, 1.8, 2.2, 3.0])

@@ -142,7 +142,7 @@ FAULTS = (
     Fault("random head on reload", "checkpoint", "load", "scores", plant=_random_head),
     Fault("wrong weights after hand-over", "sampler", "alarm", "sampler-gap", 10, around=old_weights),
     Fault("temperature 0", "recipe", "config", "sampling.temperature", settings=("sampling.temperature=0",)),
-    Fault("temperature next to 0", "recipe", "alarm", "copies", 6, settings=("sampling.temperature=0.01",)),
+    Fault("temperature next to 0", "recipe", "alarm", "copies", 10, settings=("sampling.temperature=0.01",)),
     Fault("learning rate 0", "recipe", "config", "gad.learning_rate", settings=("gad.learning_rate=0",)),
     Fault(
         "rate too small to move anything",
@@ -228,7 +228,7 @@ FAULTS = (
         "score reader",
         "alarm",
         "length-runaway",
-        20,
+        30,
         settings=(*_EXPLOITED, "sampling.max_response_tokens=80"),
         around=lambda: prejudice(by_length),
         beside=("ends-differ", "fooled", "repetition", "drift"),

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from statistics import mean
 
 from gadfly.alarms.alarm import Finding
 from gadfly.alarms.bands import Band, mean_band
@@ -30,14 +31,17 @@ _SUPERVISED = {"student/loss": (0.0, 0.01)}
 def cycling(history: History) -> Finding | None:
     """By a frozen discriminator the student has given back half of what it had gained, twice running.
 
-    Only gaps that frozen discriminators measure can be compared from step to step.
+    Only gaps that frozen discriminators measure can be compared from step to step. What they praised may have
+    been a way around them that newer ones have closed: where by what no discriminator measures the answers
+    are nearer to the teacher than then, and than at the start, it is progress.
     """
     for name, series in _snapshots(history):
         start, best = series.values[0], min(series.values[:-2])
         gained = start - best
         last = series.last(2)
         lost = min(last.values) - best
-        if gained > _a_gain(history, start) and lost > max(0.5 * gained, _noise(history)):
+        is_lost = gained > _a_gain(history, start) and lost > max(0.5 * gained, _noise(history))
+        if is_lost and not _is_nearer(history, series.steps[series.values.index(best)]):
             return Finding(
                 f"the gap to the teacher by the frozen discriminator {name}: {start:.2f} at first, "
                 f"{best:.2f} at best, {last.values[0]:.2f} and {last.values[1]:.2f} at the last two "
@@ -45,6 +49,19 @@ def cycling(history: History) -> Finding | None:
                 last.steps[0],
             )
     return None
+
+
+def _is_nearer(history: History, step: int) -> bool:
+    """Whether the answers are nearer to the teacher than at a step: a text classifier tells them less well,
+    and ROUGE-L is higher, also than at the start of the stage, which a circle comes back to. All as means of
+    two evaluations.
+    """
+    told, overlap = history["evaluation/tell_accuracy"], history["evaluation/rouge_l"]
+    told_then, overlap_then = (series.between(step, history.step)[:2] for series in (told, overlap))
+    if not told_then or not overlap_then:
+        return False
+    before = max(mean(overlap_then), mean(overlap.values[:2]))
+    return mean(told.last(2).values) < mean(told_then) and mean(overlap.last(2).values) > before
 
 
 def hacking(history: History) -> Finding | None:

@@ -88,15 +88,22 @@ def collapse(history: History) -> Finding | None:
 
 
 def repetition(history: History) -> Finding | None:
-    """Loops in greedy held-out answers that were not there before, at two evaluations running."""
+    """Loops in greedy held-out answers that were not there before, and stay.
+
+    Runs that went well had some that were fewer at the next evaluation and soon gone.
+    """
     series = history["evaluation/repetition"]
-    before, last = series.values[:-2], series.last(2)
-    if before and min(last.values) > min(before) + 0.15:
-        return Finding(
-            f"{last.values[0]:.0%} and {last.values[1]:.0%} of the word 4-grams of held-out answers are "
-            f"repeats at the last two evaluations, {min(before):.0%} before",
-            last.steps[0],
-        )
+    for count in (2, 3):
+        before, last = series.values[:-count], series.last(count)
+        if not before or min(last.values) <= min(before) + 0.15:
+            return None
+        if count == 3 or last.values[-1] >= last.values[0]:
+            shares = ", ".join(f"{value:.0%}" for value in last.values)
+            return Finding(
+                f"{shares} of the word 4-grams of held-out answers are repeats at the last {count} "
+                f"evaluations, {min(before):.0%} before",
+                last.steps[0],
+            )
     return None
 
 
