@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="try that everything runs, at tiny sizes")
     parser.add_argument("--pages", action="store_true", help="write results and pages of what is there")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="more settings for every run")
-    options = parser.parse_args(arguments)
+    # Settings may stand behind options.
+    options = parser.parse_intermixed_args(arguments)
     if options.name is None:
         for name in names():
             sys.stdout.write(f"{name:<20} {load_experiment(name).title}\n")

@@ -197,6 +197,13 @@ def test_seeds_that_settings_were_chosen_on_are_in_no_table(tmp_path: Path) -> N
     assert ", seeds 1;" in experiment("mixture", "--quick", "--pages", "--folder", tmp_path)
 
 
+def test_settings_may_stand_behind_options(tmp_path: Path) -> None:
+    printed = experiment(
+        "mixture", "--pages", "--first", 0, "--seeds", 1, "--folder", tmp_path, "gad.max_steps=9"
+    )
+    assert "gad.max_steps=9" in printed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["records", "memory", "instability", "stories"])
 def test_every_other_experiment_runs_at_its_smallest(name: str, tmp_path: Path) -> None:
