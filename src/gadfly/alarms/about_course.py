@@ -57,11 +57,20 @@ def _is_nearer(history: History, step: int) -> bool:
     two evaluations.
     """
     told, overlap = history["evaluation/tell_accuracy"], history["evaluation/rouge_l"]
-    told_then, overlap_then = (series.between(step, history.step)[:2] for series in (told, overlap))
+    told_then, overlap_then = (_before_last(series, step) for series in (told, overlap))
     if not told_then or not overlap_then:
         return False
+    share = mean(told_then)
+    # One standard error of a share of so many pairs: half of the prompts teach the classifier.
+    noise = max(0.02, math.sqrt(share * (1 - share) / max(1, history.circumstances.held_out // 2)))
     before = max(mean(overlap_then), mean(overlap.values[:2]))
-    return mean(told.last(2).values) < mean(told_then) and mean(overlap.last(2).values) > before
+    return mean(told.last(2).values) < share - noise and mean(overlap.last(2).values) > before
+
+
+def _before_last(series: Series, step: int) -> list[float]:
+    """Up to two values from a step on, without the two newest of all."""
+    old = Series(series.steps[:-2], series.values[:-2])
+    return old.between(step, old.steps[-1])[:2] if len(old) else []
 
 
 def hacking(history: History) -> Finding | None:

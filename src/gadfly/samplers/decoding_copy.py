@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 # Weights that the processor's caches hold gain nothing.
 _WORTH_PACKING_BYTES = 2**26
+# Rows are filled up to a multiple of it.
+_ROWS = 8
 
 
 def packing_dtype(model: PreTrainedModel) -> torch.dtype | None:
@@ -70,10 +72,12 @@ class _CopiedLinear(nn.Module):
         if not self._is_packed:
             return nn.functional.linear(states, self._copy, self.bias)
         bias = None if self.bias is None else self.bias.to(self._dtype)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            states.to(self._dtype), self._copy, bias, "none", [], ""
-        )
-        return product
+        flat = states.to(self._dtype).reshape(-1, states.shape[-1])
+        # oneDNN keeps what it makes for a number of rows, half a megabyte for each number and layer shape.
+        rows = len(flat)
+        flat = nn.functional.pad(flat, (0, 0, 0, -rows % _ROWS))
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(flat, self._copy, bias, "none", [], "")
+        return product[:rows].view(*states.shape[:-1], product.shape[-1])
 
 
 def _can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -83,4 +87,6 @@ def _can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
         and dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        # Processors without the instructions refuse it.
+        and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
