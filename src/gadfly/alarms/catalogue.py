@@ -251,7 +251,8 @@ ALARMS: tuple[Kind, ...] = (
     Kind(
         "cycling",
         "The student goes in circles",
-        "by a frozen earlier discriminator half of what the student had gained is lost again, twice running",
+        "by a frozen earlier discriminator half of what the student had gained is lost again, twice running, "
+        "and ROUGE-L and a text classifier do not both say that it is nearer to the teacher",
         ("detail/held_out_accuracy",),
         "Each discriminator rewards what the last one punished: the two chase each other.",
         "Use gad.replay, raise gad.kl_coefficient, or lower both learning rates.",

@@ -3,7 +3,7 @@
 from gadfly.checkpoint import student_of
 from gadfly.models import load_language_model
 from gadfly.records import Message
-from gadfly.samplers import LocalSampler, Request, packing_dtype
+from gadfly.samplers import LocalSampler, Request
 
 
 class Chat:
@@ -24,7 +24,7 @@ class Chat:
         self, checkpoint: str, *, system: str | None, temperature: float, max_tokens: int, seed: int
     ):
         model, self._renderer = load_language_model(student_of(checkpoint), "float32")
-        self._sampler = LocalSampler(model, self._renderer.end_ids, copy_dtype=packing_dtype(model))
+        self._sampler = LocalSampler(model, self._renderer.end_ids)
         self._turns = [] if system is None else [Message("system", system)]
         self._temperature, self._max_tokens, self._seed = temperature, max_tokens, seed
 
