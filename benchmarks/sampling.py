@@ -67,8 +67,9 @@ def run(case: str, quick: bool) -> Result:
     def sample(sampler: Sampler) -> None:
         sampler.sample(requests, temperature=TEMPERATURE, max_response_tokens=shape.response_tokens)
 
-    plain = LocalSampler(new_model(size, shares_prompts=True), _NO_END)
-    rival = partial(sample, plain) if case == "packed" else generate
+    rival = generate
+    if case == "packed":
+        rival = partial(sample, LocalSampler(new_model(size, shares_prompts=True), _NO_END))
     ours = partial(sample, sampler)
     times = time_in_turn(1 if quick else _PAIRS, rival, ours)
     details = (
