@@ -1,7 +1,7 @@
 """The local sampler against `model.generate(num_return_sequences=G)`, and vLLM too where it is installed.
 
 `packed` is against the local sampler itself, with the model's own weights in place of packed copies.
-Prompts, counts, lengths and temperature are the same. No response ends before the cap on either side.
+Prompts, counts, caps and temperature are the same. Responses end before the cap in `ending` alone.
 """
 
 import importlib.util
@@ -31,12 +31,15 @@ _SUBJECTS = {
     "demo": (DEMO, Shape(8, 8, 64, 128)),
     "demo-long": (DEMO, Shape(8, 8, 1024, 256)),
     "smollm2": (SMOLLM2, Shape(2, 8, 64, 128)),
+    "ending": (SMOLLM2, Shape(2, 8, 64, 128)),
     "packed": (SMOLLM2, Shape(2, 8, 64, 128)),
     "vllm": (SMOLLM2, Shape(2, 8, 64, 128)),
 }
-_WANTED = {"demo": 2.5, "demo-long": 2.5, "smollm2": 1.5, "packed": 1.2, "vllm": 0.0}
+_WANTED = {"demo": 2.5, "demo-long": 2.5, "smollm2": 1.5, "ending": 1.5, "packed": 1.2, "vllm": 0.0}
 _PAIRS = 5
 _NO_END = frozenset[int]()
+# In `ending`, with random weights about one token in so many is an end.
+_TOKENS_TO_END = 64
 _HAS_VLLM = importlib.util.find_spec("vllm") is not None
 CASES = tuple(case for case in _SUBJECTS if case != "vllm" or _HAS_VLLM)
 
@@ -50,7 +53,8 @@ def run(case: str, quick: bool) -> Result:
     groups = new_groups(shape, size)
     model = new_model(size, shares_prompts=False)
     prompts = torch.tensor([group.prompt_tokens for group in groups])
-    sampler = _vllm(model) if case == "vllm" else _local(new_model(size, shares_prompts=True))
+    ends = frozenset(range(size.vocabulary // _TOKENS_TO_END)) if case == "ending" else _NO_END
+    sampler = _vllm(model) if case == "vllm" else _local(new_model(size, shares_prompts=True), ends)
     requests = requests_for(groups, shape.group_size, 0, "benchmark")
 
     def generate() -> None:
@@ -62,6 +66,8 @@ def run(case: str, quick: bool) -> Result:
             top_k=0,
             num_return_sequences=shape.group_size,
             max_new_tokens=shape.response_tokens,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=0,
         )
 
     def sample(sampler: Sampler) -> None:
@@ -74,13 +80,13 @@ def run(case: str, quick: bool) -> Result:
     times = time_in_turn(1 if quick else _PAIRS, rival, ours)
     details = (
         f"P {shape.prompts} x G {shape.group_size}, prompts of {shape.prompt_tokens} tokens, "
-        f"responses of {shape.response_tokens}"
+        f"responses of {'at most ' if ends else ''}{shape.response_tokens}"
     )
     return Result.of_times(f"sampling:{case}", times, _WANTED[case], details)
 
 
-def _local(model: PreTrainedModel) -> Sampler:
-    return LocalSampler(model, _NO_END, copy_dtype=packing_dtype(model))
+def _local(model: PreTrainedModel, ends: frozenset[int]) -> Sampler:
+    return LocalSampler(model, ends, copy_dtype=packing_dtype(model))
 
 
 def _vllm(model: PreTrainedModel) -> Sampler:

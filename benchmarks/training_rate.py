@@ -44,11 +44,12 @@ def run(case: str, quick: bool) -> Result:
     groups = new_groups(shape, size)
     if case == "student":
         groups = [group.only_students() for group in groups]
-    num_tokens = shared(shape, len(groups[0].branches))
+    counted = shared(shape, len(groups[0].branches))
     head_tokens = shape.prompts * shape.group_size * shape.response_tokens if case == "student" else 0
-    products = _products(size, num_tokens, head_tokens)
+    products = _products(size, counted.tokens, head_tokens)
     product_work = sum(_TRAINED * _PRODUCT * rows * into * out for rows, into, out in products)
-    work = product_work + _attention_work(size, shape, len(groups[0].branches))
+    # Scores and weighted sums over the keys that each query sees.
+    work = product_work + _TRAINED * 2 * _PRODUCT * counted.pairs * size.hidden * size.layers
     train = _student(size, groups) if case == "student" else _discriminator(size, groups)
     rates = []
     for _ in range((1 if quick else _PAIRS) + 1):
@@ -57,7 +58,7 @@ def run(case: str, quick: bool) -> Result:
     rates = rates[1:]
     ours, machine = (max(rate) / 1e9 for rate in zip(*rates, strict=True))
     details = (
-        f"at best {ours:.1f} against {machine:.1f} GFLOP/s, {num_tokens} tokens, "
+        f"at best {ours:.1f} against {machine:.1f} GFLOP/s, {counted.tokens} tokens, "
         f"{torch.get_num_threads()} threads, {len(rates)} pairs"
     )
     return Result.of_pairs(f"training_rate:{case}", [own / most for own, most in rates], _WANTED, details)
@@ -100,15 +101,6 @@ def _products(size: Size, num_tokens: int, head_tokens: int) -> list[tuple[int, 
     ]
     body = [(num_tokens, into, out) for into, out in layer] * size.layers
     return body + ([(head_tokens, size.hidden, size.vocabulary)] if head_tokens else [])
-
-
-def _attention_work(size: Size, shape: Shape, branches: int) -> int:
-    """Scores and weighted sums over the keys that each query sees."""
-    prompt, response = shape.prompt_tokens, shape.response_tokens
-    of_prompt = prompt * (prompt + 1) // 2
-    of_branch = response * prompt + response * (response + 1) // 2
-    seen = shape.prompts * (of_prompt + branches * of_branch)
-    return _TRAINED * 2 * _PRODUCT * seen * size.hidden * size.layers
 
 
 def _product_seconds(rows: int, into: int, out: int) -> float:

@@ -107,7 +107,7 @@ FAULTS: dict[str, tuple[str, dict[str, Shape], int, int]] = {
             **TOLD_HELD_OUT,
         },
         ONSET,
-        40,
+        50,
     ),
     "too-strong": (
         "gad",
@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[str, dict[str, Shape], int, int]] = {
         40,
         40,
     ),
-    "surface-shortcut": ("gad", {"detail/surface_accuracy": always(0.93)}, 0, 20),
+    "surface-shortcut": ("gad", {"detail/surface_accuracy": always(0.95), **TOLD_HELD_OUT}, 0, 20),
     "format-sensitive": ("gad", {"detail/perturbation_share": always(0.9)}, 0, 20),
     "length-bias": (
         "gad",
@@ -148,7 +148,15 @@ FAULTS: dict[str, tuple[str, dict[str, Shape], int, int]] = {
         80,
         20,
     ),
-    "hacking": ("gad", {"evaluation/tell_accuracy": evaluated(0.75, 0.7, 0.7, 0.9, 0.95)}, 60, 40),
+    "hacking": (
+        "gad",
+        {
+            "detail/snapshot_gap/warmup": evaluated(4.0, 2.5, 2.0),
+            "evaluation/tell_accuracy": evaluated(0.75, 0.7, 0.7, 0.95, 0.95),
+        },
+        60,
+        40,
+    ),
     "reward-rules": ("gad", {"detail/reward_share/format": always(0.8)}, 1, 9),
     "no-learning": (
         "gad",
@@ -165,10 +173,11 @@ def test_every_alarm_has_a_planted_fault() -> None:
     assert len(ALARMS) == len(KINDS)
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_raises_its_alarm_and_only_it(name: str) -> None:
+def test_a_planted_fault_raises_its_alarm_and_only_it(name: str, seed: int) -> None:
     stage, planted, onset, within = FAULTS[name]
-    found = raised(rows(120, stage=stage, planted=planted))
+    found = raised(rows(120, seed=seed, stage=stage, planted=planted))
     assert found.keys() == {name}
     assert onset <= found[name] <= onset + within
 
@@ -228,8 +237,13 @@ def test_loops_that_are_fewer_at_once_and_soon_gone_raise_nothing() -> None:
 
 
 def test_loops_that_stay_for_three_evaluations_are_found_though_they_grow_fewer() -> None:
-    planted = {"evaluation/repetition": evaluated(0.05, 0.05, 0.05, 0.5, 0.45, 0.4)}
+    planted = {"evaluation/repetition": evaluated(0.05, 0.05, 0.05, 0.6, 0.42, 0.4)}
     assert raised(rows(120, planted=planted)) == {"repetition": 100}
+
+
+def test_loops_that_are_hardly_fewer_are_found_at_the_second_evaluation() -> None:
+    planted = {"evaluation/repetition": evaluated(0.05, 0.05, 0.05, 0.6, 0.55)}
+    assert raised(rows(80, planted=planted)) == {"repetition": 80}
 
 
 @pytest.mark.parametrize(
@@ -250,6 +264,19 @@ def test_what_an_old_discriminator_praised_is_lost_in_a_circle_but_not_on_the_wa
         "evaluation/rouge_l": evaluated(*overlap),
     }
     assert ("cycling" in raised(rows(100, planted=planted))) != is_progress
+
+
+def test_a_snapshot_that_is_no_longer_there_raises_nothing_later() -> None:
+    def gap(step: int) -> float | None:
+        return evaluated(4.0, 2.0, 1.8, 3.2, 3.4)(step) if step <= 80 else None
+
+    planted: dict[str, Shape] = {
+        "detail/snapshot_gap/gad-000010": gap,
+        # What it praised was given up for the better, and what comes later it has not seen.
+        "evaluation/tell_accuracy": evaluated(0.85, 0.95, 0.95, 0.85, 0.8, 0.8, 0.95, 0.95),
+        "evaluation/rouge_l": evaluated(0.3, 0.3, 0.3, 0.34, 0.38, 0.38, 0.31, 0.31),
+    }
+    assert raised(rows(160, planted=planted)) == {}
 
 
 @pytest.mark.parametrize("ratio", [1.4, 1.8, 2.2, 3.0])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,7 +23,7 @@ from gadfly.logprobs import chunked_logprobs
 from gadfly.recipe_file import load_recipe
 from gadfly.sizing.activations import Packed, Passes, backward_bytes, head_bytes, kept_bytes
 from gadfly.sizing.memory_plan import Workload, background_bytes, plan_memory, smallest_number_of_gpus
-from gadfly.sizing.model_shape import read_shape, shape_of
+from gadfly.sizing.model_shape import ModelShape, read_shape, shape_of
 from gadfly.sizing.step_cost import step_cost
 from gadfly.stages.plan import parse_size, plan
 
@@ -123,10 +124,6 @@ def test_weights_and_optimisers_are_those_counted_by_hand() -> None:
     assert whole.lasting["student"] == whole.lasting["reference"] == 4 * 1160
     assert whole.lasting["AdamW's moments"] == 2 * 4 * (1160 + 1080)
     assert whole.lasting["copy to sample from"] == 0
-    large = shape_of(SEVEN_B)
-    copied = 4 * (large.parameters - large.vocabulary * 3584)
-    for is_flex, expected in ((True, 0), (False, copied)):
-        assert plan_memory(Workload(large, large, is_flex=is_flex)).lasting["copy to sample from"] == expected
     halves = plan_memory(Workload(shape, shape, gpus=2))
     assert halves.lasting["student"] == 2 * 1160
     assert halves.lasting["copy to sample from"] == 4 * 1160
@@ -134,6 +131,23 @@ def test_weights_and_optimisers_are_those_counted_by_hand() -> None:
     adapters = plan_memory(Workload(shape, shape, lora_rank=3, weight_bytes=2))
     assert adapters.lasting["frozen model"] == 2 * 1160
     assert adapters.lasting["student"] == 4 * shape.adapter_parameters(3)
+
+
+def test_the_local_sampler_copies_large_linear_layers_on_a_cpu_and_nothing_else() -> None:
+    def copied(shape: ModelShape, **work: Any) -> float:
+        return plan_memory(Workload(shape, shape, **work)).lasting["copy to sample from"]
+
+    large, small = shape_of(SEVEN_B), shape_of(BY_HAND)
+    # Queries and outputs, keys and values, the feed-forward part; and the map to logits.
+    layer = 3584 * (2 * 3584 + 2 * 512 + 3 * 18944)
+    linears = 28 * layer + 152064 * 3584
+    assert copied(large, is_flex=False) == 4 * linears
+    assert copied(large, is_flex=False, weight_bytes=8) == copied(large, is_flex=True) == 0
+    assert copied(large, is_autocast=True) == 2 * linears
+    assert copied(small, is_flex=False) == copied(large, is_flex=False, lora_rank=8) == 0
+    # GPT-2's layers are of a class of their own, but for the map to logits.
+    gpt2 = shape_of(GPT2Config())
+    assert copied(gpt2, is_flex=False) == 4 * 50257 * 768
 
 
 def test_a_background_checkpoint_is_copied_whole_by_one_process_and_moments_by_each() -> None:

@@ -2,7 +2,9 @@
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -312,6 +314,41 @@ def test_only_weights_beyond_the_caches_are_packed(tiny: PreTrainedModel) -> Non
     )
     assert packing_dtype(LlamaForCausalLM(config)) == torch.float32
     assert packing_dtype(LlamaForCausalLM(config).double()) is None
+
+
+def test_layers_with_hooks_or_in_another_precision_decode_as_the_model_has_them(tiny_model: Path) -> None:
+    model = sharp_model(tiny_model).bfloat16()
+    # As models do that compute their logits in single precision.
+    model.lm_head.float()
+    model.model.norm.register_forward_hook(lambda _, __, states: states.float())
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda _, __, states: 2 * states)
+    requests = requests_for(GROUPS, 3, seed=5, purpose="gad/1")
+    copied, plain = (
+        LocalSampler(model, ENDS, copy_dtype=dtype).sample(requests, temperature=0.0, max_response_tokens=8)
+        for dtype in (torch.bfloat16, None)
+    )
+    for ours, theirs in zip(chain(*copied), chain(*plain), strict=True):
+        assert ours.tokens == theirs.tokens
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+
+
+def test_weights_are_packed_when_something_is_sampled_and_not_at_each_update(tiny_model: Path) -> None:
+    model = sharp_model(tiny_model).float()
+    sampler = LocalSampler(model, ENDS, copy_dtype=torch.float32)
+    requests = requests_for(GROUPS, 3, seed=5, purpose="gad/1")
+
+    def times_packed(work: Callable[[], object]) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            work()
+        return sum(event.count for event in profile.key_averages() if "reorder_linear_weight" in event.key)
+
+    linears = sum(type(layer) is torch.nn.Linear for layer in model.modules())
+    sample = partial(sampler.sample, requests, temperature=0.8, max_response_tokens=4)
+    assert times_packed(sample) == linears
+    assert times_packed(sample) == 0
+    assert times_packed(partial(sampler.update, model.named_parameters())) == 0
+    assert times_packed(sample) == linears
 
 
 @pytest.fixture(scope="module")

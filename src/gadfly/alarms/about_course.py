@@ -110,10 +110,14 @@ def _noise(history: History) -> float:
 
 
 def _snapshots(history: History) -> Iterator[tuple[str, Series]]:
-    """The gaps by frozen discriminators that have looked at four evaluations or more."""
-    for metric in history.names:
-        if metric.startswith(_GAPS) and len(history[metric]) >= 4:
-            yield metric.removeprefix(_GAPS), history[metric]
+    """The gaps by frozen discriminators that looked at the newest evaluation, and at three or more before."""
+    gaps = {
+        metric.removeprefix(_GAPS): history[metric] for metric in history.names if metric.startswith(_GAPS)
+    }
+    newest = max((series.steps[-1] for series in gaps.values()), default=0)
+    for name, series in gaps.items():
+        if len(series) >= 4 and series.steps[-1] == newest:
+            yield name, series
 
 
 def reward_rules(history: History) -> Finding | None:

@@ -6,6 +6,7 @@ quicker to multiply with, in either precision: a plain matrix product lays them 
 """
 
 import copy
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,15 @@ _ROWS = 8
 
 def packing_dtype(model: PreTrainedModel) -> torch.dtype | None:
     """That of copies which their layout alone makes quicker, the model's own; None where it does not pay."""
-    weights = [layer.weight for layer in model.modules() if type(layer) is nn.Linear]
+    weights = [layer.weight for layer in model.modules() if _is_copied(layer, model.dtype)]
     size = sum(weight.numel() * weight.element_size() for weight in weights)
     return model.dtype if size >= _WORTH_PACKING_BYTES and _can_pack(weights[0], model.dtype) else None
 
 
 class DecodingCopy:
     """A model with copies of the weights of its linear layers; all else is the student's own.
+
+    Layers that are not in the student's precision, or have forward hooks, are not copied.
 
     Args:
         student: a model in one unsharded process.
@@ -40,16 +43,13 @@ class DecodingCopy:
         self._copies: dict[nn.Linear, _CopiedLinear] = {}
         # A layer may have more than one name.
         for name, layer in list(self.model.named_modules(remove_duplicate=False)):
-            # What derives from it may compute something else.
-            if type(layer) is nn.Linear:
+            if _is_copied(layer, student.dtype):
                 self.model.set_submodule(name, self._copies.setdefault(layer, _CopiedLinear(layer, dtype)))
-        self.update()
 
-    @torch.no_grad()
     def update(self) -> None:
-        """Take over the student's weights as they are now."""
+        """Take over the student's weights as they are when the model is called next."""
         for copied in self._copies.values():
-            copied.update()
+            copied.forget()
 
 
 class _CopiedLinear(nn.Module):
@@ -59,16 +59,21 @@ class _CopiedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = own.weight, own.bias
         self._dtype = dtype
-        self._copy = own.weight.new_empty(0)
         self._is_packed = _can_pack(own.weight, dtype)
+        self._copy: Tensor | None = None
 
-    def update(self) -> None:
-        # Gone before the next is made, so that there is never more than one of a layer.
-        del self._copy
-        weight = self.weight.detach().to(self._dtype)
-        self._copy = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
+    def forget(self) -> None:
+        # Many updates may go by, as in supervised stages, before there is something to sample.
+        self._copy = None
 
     def forward(self, states: Tensor) -> Tensor:
+        is_rounded = self._dtype != self.weight.dtype
+        if is_rounded and not torch.is_autocast_enabled(states.device.type):
+            # The model does this part in full precision, as the trainer does.
+            return nn.functional.linear(states, self.weight, self.bias)
+        if self._copy is None:
+            weight = self.weight.detach().to(self._dtype)
+            self._copy = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
         if not self._is_packed:
             return nn.functional.linear(states, self._copy, self.bias)
         bias = None if self.bias is None else self.bias.to(self._dtype)
@@ -78,6 +83,12 @@ class _CopiedLinear(nn.Module):
         flat = nn.functional.pad(flat, (0, 0, 0, -rows % _ROWS))
         product: Tensor = torch.ops.mkldnn._linear_pointwise(flat, self._copy, bias, "none", [], "")
         return product[:rows].view(*states.shape[:-1], product.shape[-1])
+
+
+def _is_copied(layer: nn.Module, dtype: torch.dtype) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer and nothing else: what derives from one may compute something else."""
+    has_hooks = bool(layer._forward_hooks or layer._forward_pre_hooks)
+    return type(layer) is nn.Linear and layer.weight.dtype == dtype and not has_hooks
 
 
 def _can_pack(weight: Tensor, dtype: torch.dtype) -> bool:

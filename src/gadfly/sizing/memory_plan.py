@@ -28,6 +28,8 @@ _DRAW_BYTES = 4 + 8 + 8
 
 # Of a number in bfloat16, and of one in which gradients are summed over processes under autocast.
 _HALF, _SUM = 2, 4
+# Double precision is not packed.
+_SINGLE = 4
 
 Phase = Literal["sampling", "discriminator's update", "student's update"]
 
@@ -260,9 +262,8 @@ def _copy_bytes(work: Workload, trained: int) -> float:
         return 0.0
     if work.gpus == 1 and work.sampler == "local":
         is_half = work.is_autocast and work.weight_bytes > _HALF
-        # The layers, and the map to logits in the place of the embedding.
-        copied = work.student.decoder_parameters * (_HALF if is_half else work.weight_bytes)
-        is_packed = not work.is_flex and copied >= _PACKED_FROM
+        copied = work.student.copied_parameters * (_HALF if is_half else work.weight_bytes)
+        is_packed = not work.is_flex and work.weight_bytes <= _SINGLE and copied >= _PACKED_FROM
         return float(copied) if not work.lora_rank and (is_half or is_packed) else 0.0
     adapter = trained * ADAPTER_BYTES if work.lora_rank else 0
     return float(work.student.parameters * work.weight_bytes + adapter)

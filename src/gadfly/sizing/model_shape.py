@@ -33,6 +33,7 @@ class ModelShape:
         root_parameters: of all that is in no layer: embedding, last norm, map to logits unless tied.
         num_linears: linear layers in one decoder layer.
         linear_channels: inputs and outputs of these, added up.
+        copied_parameters: weights that the local sampler may copy: of linear layers, the map to logits too.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class ModelShape:
     root_parameters: int
     num_linears: int
     linear_channels: int
+    copied_parameters: int
 
     @property
     def parameters(self) -> int:
@@ -122,6 +124,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         root_parameters=total - len(layers) * (in_layers // len(layers)),
         num_linears=len(linears) // len(layers),
         linear_channels=channels // len(layers),
+        copied_parameters=sum(part.weight.numel() for part in model.modules() if type(part) is nn.Linear),
     )
 
 
