@@ -13,15 +13,20 @@ import torch
 from transformers import AutoTokenizer
 
 from experiments.experiment import FOLDER
+from gadfly.analysis.tell_model import open_embedder
 from gadfly.errors import ConfigError
 from gadfly.models import load_language_model
 from gadfly.records import Message
 from gadfly.stages.generate import named_models
+from gadfly.stages.judge.answer_sheets import answer_sheets
+from gadfly.stages.judge.told import told
 from gadfly.stages.run import Run
 from gadfly.statistics import mean
 
 # Of another set, to see what was forgotten: so many human answers of at most so many tokens.
 _HUMAN_ROWS, _HUMAN_TOKENS = 100, 128
+# The test set of the student's own domain.
+_OWN = "own"
 
 
 def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
@@ -46,7 +51,7 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
     sets = {
         "train": [row for row in _rows(data, settings["train"]) if fits(row)],
         "valid": valid[::2],
-        "own": valid[1::2],
+        _OWN: valid[1::2],
         **{Path(name).name.partition(".")[0]: _rows(data, name) for name in str(settings["tests"]).split()},
     }
     (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -60,9 +65,21 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
         link.symlink_to(model)
 
 
-@torch.no_grad()
 def measure(run: Run, settings: Mapping[str, Any]) -> None:
-    """What was forgotten: nats a token of human answers to prompts of another set, under every model."""
+    """Of every model: what was forgotten, and how often a second classifier tells its answers."""
+    _measure_forgetting(run, settings)
+    # The judge's classifier counts n-grams; this one reads hidden states of the student before any training.
+    embed = open_embedder(str(_folder(settings, "model")))
+    for sheet in answer_sheets(run):
+        if sheet.name == _OWN:
+            for model, figures in told(sheet, embed).items():
+                record = {"tell_accuracy_hidden": figures["tell_accuracy"].as_record()}
+                run.folder.update_summary("evaluation", {model: {_OWN: record}})
+
+
+@torch.no_grad()
+def _measure_forgetting(run: Run, settings: Mapping[str, Any]) -> None:
+    """Nats a token of human answers to prompts of another set."""
     most = min(_HUMAN_ROWS, int(settings.get("rows", 10**9)))
     rows = _rows(_folder(settings, "data"), settings["human"])[:most]
     for named in named_models(run):
