@@ -5,6 +5,7 @@ Prompts, counts, caps and temperature are the same. Responses end before the cap
 """
 
 import importlib.util
+import itertools
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -55,7 +56,7 @@ def run(case: str, quick: bool) -> Result:
     prompts = torch.tensor([group.prompt_tokens for group in groups])
     ends = frozenset(range(size.vocabulary // _TOKENS_TO_END)) if case == "ending" else _NO_END
     sampler = _vllm(model) if case == "vllm" else _local(new_model(size, shares_prompts=True), ends)
-    requests = requests_for(groups, shape.group_size, 0, "benchmark")
+    turns = itertools.count()
 
     def generate() -> None:
         model.generate(
@@ -71,6 +72,8 @@ def run(case: str, quick: bool) -> Result:
         )
 
     def sample(sampler: Sampler) -> None:
+        # New samples each time, as the rival draws.
+        requests = requests_for(groups, shape.group_size, 0, f"benchmark/{next(turns)}")
         sampler.sample(requests, temperature=TEMPERATURE, max_response_tokens=shape.response_tokens)
 
     rival = generate

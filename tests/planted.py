@@ -88,7 +88,7 @@ def rows(
     yield logged(0, held_out)
     for step in range(1, steps + 1):
         yield logged(step, shapes.keys() - held_out)
-        if step % EVERY == 0:
+        if step % EVERY == 0 or step == steps:
             yield logged(step, held_out)
 
 

@@ -120,6 +120,21 @@ def test_a_stage_goes_back_and_on_with_the_remedy(recipe_file: Path, tmp_path: P
     assert drift(recipe_file, tmp_path / "run", "alarms.actions.drift=roll_back") == found
 
 
+def test_a_run_that_stopped_goes_back_at_once_when_the_recipe_says_so(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AlarmError, match="alarm drift"):
+        drift(recipe_file, tmp_path / "run", "alarms.actions.drift=stop")
+    stopped = outcome(tmp_path / "run")["alarms"][-1]["step"]
+    found = drift(recipe_file, tmp_path / "run", "alarms.actions.drift=roll_back")
+    assert [remedy["step"] for remedy in found["remedies"]] == [stopped]
+    assert found["stage"]["done"]
+    assert (
+        found["metrics"]
+        == drift(recipe_file, tmp_path / "at-once", "alarms.actions.drift=roll_back")["metrics"]
+    )
+
+
 def test_what_a_stage_went_back_for_stands_in_its_remedies_and_on_the_screen(
     recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -266,7 +266,72 @@ def test_what_an_old_discriminator_praised_is_lost_in_a_circle_but_not_on_the_wa
     assert ("cycling" in raised(rows(100, planted=planted))) != is_progress
 
 
-def test_a_snapshot_that_is_no_longer_there_raises_nothing_later() -> None:
+def test_progress_that_was_seen_is_not_taken_back_while_nothing_changes() -> None:
+    planted = {
+        "detail/snapshot_gap/warmup": evaluated(4.0, 1.9, 2.0, 3.3, 3.4),
+        "evaluation/tell_accuracy": evaluated(0.85, 0.95, 0.95, 0.84, 0.84),
+        "evaluation/rouge_l": evaluated(0.3, 0.3, 0.3, 0.36),
+    }
+    assert raised(rows(200, planted=planted)) == {}
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {"evaluation/tell_accuracy": evaluated(0.6, 0.6, 0.6, 0.6, 1.0, 0.6)},
+        {
+            "detail/snapshot_gap/warmup": evaluated(4.0, 4.0, 1.0, 4.0, 4.0),
+            "evaluation/tell_accuracy": always(0.8),
+        },
+    ],
+    ids=["told", "gap"],
+)
+def test_one_wild_evaluation_raises_nothing(planted: dict[str, Shape]) -> None:
+    assert raised(rows(160, planted=planted)) == {}
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {"evaluation/repetition": lambda step: 0.05 if step < 100 else 0.4},
+        {
+            "detail/snapshot_gap/warmup": lambda step: (4.0, 3.0, 2.0, 1.8)[step // 20] if step < 80 else 3.3,
+            "evaluation/tell_accuracy": always(0.75),
+        },
+    ],
+    ids=["repetition", "cycling"],
+)
+def test_the_last_evaluation_a_step_after_another_is_no_second_witness(planted: dict[str, Shape]) -> None:
+    steps = 101 if "evaluation/repetition" in planted else 81
+    assert raised(rows(steps, planted=planted)) == {}
+    # At its usual distance it is.
+    assert len(raised(rows(120, planted=planted))) == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_of_grown_scores_is_no_circle(seed: int) -> None:
+    rng = random.Random(seed)
+    grown: Shape = lambda step: 1.2 if step < 100 else 4.8  # noqa: E731
+    planted: dict[str, Shape] = {
+        "group/score_std": grown,
+        # A gap of next to nothing, as 64 answers measure it.
+        "detail/snapshot_gap/gad-000100": lambda step: rng.gauss(1.0, 0.6) if step > 100 else None,
+    }
+    assert "cycling" not in raised(rows(300, planted=planted))
+
+
+def test_a_student_that_repeats_itself_as_its_teacher_does_raises_nothing() -> None:
+    planted = {
+        "evaluation/repetition": evaluated(0.0, 0.3),
+        "detail/teacher_repetition": lambda step: 0.3 if step % 20 == 0 else None,
+    }
+    assert raised(rows(100, planted=planted)) == {}
+    del planted["detail/teacher_repetition"]
+    assert raised(rows(100, planted=planted)).keys() == {"repetition"}
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_snapshot_that_is_no_longer_there_raises_nothing_later(is_alone: bool) -> None:
     def gap(step: int) -> float | None:
         return evaluated(4.0, 2.0, 1.8, 3.2, 3.4)(step) if step <= 80 else None
 
@@ -276,6 +341,8 @@ def test_a_snapshot_that_is_no_longer_there_raises_nothing_later() -> None:
         "evaluation/tell_accuracy": evaluated(0.85, 0.95, 0.95, 0.85, 0.8, 0.8, 0.95, 0.95),
         "evaluation/rouge_l": evaluated(0.3, 0.3, 0.3, 0.34, 0.38, 0.38, 0.31, 0.31),
     }
+    if is_alone:
+        planted["detail/snapshot_gap/warmup"] = lambda step: None
     assert raised(rows(160, planted=planted)) == {}
 
 

@@ -168,6 +168,13 @@ def test_an_alpha_without_an_adapter_is_a_mistake(write: Callable[[str], Path]) 
     assert load_recipe(write(LEAST + "lora_alpha = 16\nlora_rank = 8\n")).student.lora_alpha == 16
 
 
+def test_autocast_over_weights_in_double_precision_is_a_mistake(write: Callable[[str], Path]) -> None:
+    assert mistakes(write(LEAST + 'dtype = "float64"\n[engine]\nprecision = "auto"\n')) == [
+        'pirate.toml: engine.precision = "auto": autocast cannot round weights of student.dtype = "float64"; '
+        'set engine.precision = "float32", which leaves them as they are'
+    ]
+
+
 def test_a_section_that_is_no_table_is_one_line(write: Callable[[str], Path]) -> None:
     assert mistakes(write("gad = 3\n" + LEAST)) == ["pirate.toml: gad = 3: must be a table, as in [gad]"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import chisquare
 from tiny import forgetful_folder, random_groups, sharp_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -316,13 +317,18 @@ def test_only_weights_beyond_the_caches_are_packed(tiny: PreTrainedModel) -> Non
     assert packing_dtype(LlamaForCausalLM(config).double()) is None
 
 
-def test_layers_with_hooks_or_in_another_precision_decode_as_the_model_has_them(tiny_model: Path) -> None:
+def test_layers_that_are_patched_or_in_another_precision_decode_as_the_model_has_them(
+    tiny_model: Path,
+) -> None:
     model = sharp_model(tiny_model).bfloat16()
     # As models do that compute their logits in single precision.
     model.lm_head.float()
     model.model.norm.register_forward_hook(lambda _, __, states: states.float())
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_hook(lambda _, __, states: 2 * states)
+        # As libraries do that patch layers one by one.
+        up_proj = layer.mlp.up_proj
+        up_proj.forward = lambda states, weight=up_proj.weight: 2 * F.linear(states, weight)
     requests = requests_for(GROUPS, 3, seed=5, purpose="gad/1")
     copied, plain = (
         LocalSampler(model, ENDS, copy_dtype=dtype).sample(requests, temperature=0.0, max_response_tokens=8)

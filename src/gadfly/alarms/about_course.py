@@ -14,6 +14,9 @@ _SHARES = "detail/reward_share/"
 # The reward that is the method's own.
 _OWN_REWARD = "discriminator"
 
+# Steps that the spread of scores is a mean of.
+_SPREAD_STEPS = 5
+
 # What has moved if anything has: by how much at least, or by which share of where it began.
 _HEADLINES = {
     "discriminator/accuracy": (0.03, 0.0),
@@ -29,19 +32,21 @@ _SUPERVISED = {"student/loss": (0.0, 0.01)}
 
 
 def cycling(history: History) -> Finding | None:
-    """By a frozen discriminator the student has given back half of what it had gained, twice running.
+    """By a frozen discriminator the student has given back half of what it had gained, twice running each.
 
     Only gaps that frozen discriminators measure can be compared from step to step. What they praised may have
     been a way around them that newer ones have closed: where by what no discriminator measures the answers
     are nearer to the teacher than then, and than at the start, it is progress.
     """
     for name, series in _snapshots(history):
-        start, best = series.values[0], min(series.values[:-2])
+        start, last = series.values[0], series.last(2)
+        # Of single evaluations the lowest is low by chance: what two running reached.
+        best, place = min((max(pair), at) for at, pair in enumerate(itertools.pairwise(series.values[:-2])))
         gained = start - best
-        last = series.last(2)
         lost = min(last.values) - best
-        is_lost = gained > _a_gain(history, start) and lost > max(0.5 * gained, _noise(history))
-        if is_lost and not _is_nearer(history, series.steps[series.values.index(best)]):
+        noise = _noise(history, series)
+        is_lost = gained > _a_gain(history, series) and lost > max(0.5 * gained, noise)
+        if is_lost and not _is_nearer(history, *series.steps[place : place + 2]):
             return Finding(
                 f"the gap to the teacher by the frozen discriminator {name}: {start:.2f} at first, "
                 f"{best:.2f} at best, {last.values[0]:.2f} and {last.values[1]:.2f} at the last two "
@@ -51,13 +56,13 @@ def cycling(history: History) -> Finding | None:
     return None
 
 
-def _is_nearer(history: History, step: int) -> bool:
-    """Whether the answers are nearer to the teacher than at a step: a text classifier tells them less well,
-    and ROUGE-L is higher, also than at the start of the stage, which a circle comes back to. All as means of
-    two evaluations.
+def _is_nearer(history: History, first: int, second: int) -> bool:
+    """Whether the answers are nearer to the teacher than at two evaluations: a text classifier tells them
+    less well, and ROUGE-L is higher, also than at the start of the stage, which a circle comes back to. All
+    as means of two evaluations.
     """
-    told, overlap = history["evaluation/tell_accuracy"], history["evaluation/rouge_l"]
-    told_then, overlap_then = (_before_last(series, step) for series in (told, overlap))
+    told, overlap = history.evaluated("evaluation/tell_accuracy"), history.evaluated("evaluation/rouge_l")
+    told_then, overlap_then = (series.between(first, second) for series in (told, overlap))
     if not told_then or not overlap_then:
         return False
     share = mean(told_then)
@@ -67,24 +72,18 @@ def _is_nearer(history: History, step: int) -> bool:
     return mean(told.last(2).values) < share - noise and mean(overlap.last(2).values) > before
 
 
-def _before_last(series: Series, step: int) -> list[float]:
-    """Up to two values from a step on, without the two newest of all."""
-    old = Series(series.steps[:-2], series.values[:-2])
-    return old.between(step, old.steps[-1])[:2] if len(old) else []
-
-
 def hacking(history: History) -> Finding | None:
     """The score says better and an independent judge says worse, at the last two evaluations."""
     for name, series in _snapshots(history):
         start, last = series.values[0], series.last(2)
-        if max(last.values) >= start - _a_gain(history, start):
+        if max(last.values) >= start - _a_gain(history, series):
             continue
-        told, overlap = history["evaluation/tell_accuracy"], history["evaluation/rouge_l"]
+        told, overlap = history.evaluated("evaluation/tell_accuracy"), history.evaluated("evaluation/rouge_l")
         gained = f"the gap to the teacher by the frozen discriminator {name} went from {start:.2f} to "
         gained += f"{last.values[-1]:.2f}"
         # Of single evaluations the lowest is low by chance; of neighbours both would have to be.
         pairs = [sum(pair) / 2 for pair in itertools.pairwise(told.values)]
-        if len(pairs) >= 3 and pairs[-1] > min(pairs[:-2]) + 0.18:
+        if len(pairs) >= 3 and min(told.last(2).values) > min(pairs[:-2]) + 0.18:
             worse = f"a text classifier tells the answers better: {min(pairs[:-2]):.2f}, now {pairs[-1]:.2f}"
             return Finding(f"{gained}, while {worse}", told.last(2).steps[0])
         if len(overlap) >= 4:
@@ -97,27 +96,32 @@ def hacking(history: History) -> Finding | None:
     return None
 
 
-def _a_gain(history: History, start: float) -> float:
+def _a_gain(history: History, gaps: Series) -> float:
     """How much a gap has to fall to be called a gain, beside where it began and the spread of the scores."""
-    spread = history["group/score_std"]
-    return max(0.25 * max(abs(start), spread.start()), _noise(history)) if len(spread) else math.inf
+    return max(0.25 * max(abs(gaps.values[0]), _spread(history, gaps)), _noise(history, gaps))
 
 
-def _noise(history: History) -> float:
+def _noise(history: History, gaps: Series) -> float:
     """Three standard errors of the change of a mean gap, by fresh samples beside the same teacher answers."""
+    return 3 * math.sqrt(2 / history.circumstances.held_out) * _spread(history, gaps)
+
+
+def _spread(history: History, gaps: Series) -> float:
+    """Of scores within a group when a frozen discriminator began to look on: scores grow with training."""
     spread = history["group/score_std"]
-    return 3 * math.sqrt(2 / history.circumstances.held_out) * spread.start() if len(spread) else math.inf
+    if not len(spread):
+        return math.inf
+    before = [value for step, value in zip(spread.steps, spread.values, strict=True) if step <= gaps.steps[0]]
+    return max(mean(before[-_SPREAD_STEPS:]), spread.start()) if before else spread.start()
 
 
 def _snapshots(history: History) -> Iterator[tuple[str, Series]]:
     """The gaps by frozen discriminators that looked at the newest evaluation, and at three or more before."""
-    gaps = {
-        metric.removeprefix(_GAPS): history[metric] for metric in history.names if metric.startswith(_GAPS)
-    }
-    newest = max((series.steps[-1] for series in gaps.values()), default=0)
-    for name, series in gaps.items():
-        if len(series) >= 4 and series.steps[-1] == newest:
-            yield name, series
+    newest = history.evaluated("detail/held_out_accuracy").last(1).steps
+    for metric in history.names:
+        series = history.evaluated(metric) if metric.startswith(_GAPS) else Series()
+        if len(series) >= 4 and series.steps[-1:] == newest:
+            yield metric.removeprefix(_GAPS), series
 
 
 def reward_rules(history: History) -> Finding | None:

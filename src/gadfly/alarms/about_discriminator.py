@@ -111,7 +111,7 @@ def memorises(history: History) -> Finding | None:
         ("detail/held_out_accuracy", "on fresh samples of held-out prompts"),
         ("probe/accuracy", "on the frozen probe"),
     ):
-        last = history[metric].last(3)
+        last = history.evaluated(metric).last(3)
         trained = fresh.between(last.steps[0], last.steps[-1]) if len(last) == 3 else []
         if len(trained) < history.window // 4:
             continue
@@ -130,7 +130,8 @@ def memorises(history: History) -> Finding | None:
 
 def surface_shortcut(history: History) -> Finding | None:
     """Surface features tell held-out pairs as well as the discriminator does, at two evaluations running."""
-    surface, own = history["detail/surface_accuracy"].last(2), history["detail/held_out_accuracy"].last(2)
+    surface = history.evaluated("detail/surface_accuracy").last(2)
+    own = history.evaluated("detail/held_out_accuracy").last(2)
     if len(surface) < 2 or surface.steps != own.steps:
         return None
     pairs = list(zip(surface.values, own.values, strict=True))
@@ -146,7 +147,8 @@ def surface_shortcut(history: History) -> Finding | None:
 
 def format_sensitive(history: History) -> Finding | None:
     """A change of layout moves the score by much of the gap to the teacher, at two evaluations running."""
-    last, own = history["detail/perturbation_share"].last(2), history["detail/held_out_accuracy"].last(2)
+    last = history.evaluated("detail/perturbation_share").last(2)
+    own = history.evaluated("detail/held_out_accuracy").last(2)
     # Without a gap to speak of, any change is a large share of it.
     if len(last) == 2 and min(last.values) > 0.5 and (not len(own) or min(own.values) > 0.7):
         return Finding(

@@ -88,20 +88,21 @@ def collapse(history: History) -> Finding | None:
 
 
 def repetition(history: History) -> Finding | None:
-    """Loops in greedy held-out answers that were not there before, and stay.
+    """Loops in greedy held-out answers that were not there before, nor are in the teacher's, and stay.
 
     Runs that went well had some that were a quarter fewer at the next evaluation and soon gone.
     """
-    series = history["evaluation/repetition"]
+    series = history.evaluated("evaluation/repetition")
+    teachers = max(history["detail/teacher_repetition"].values, default=0.0)
     for count in (2, 3):
         before, last = series.values[:-count], series.last(count)
-        if not before or min(last.values) <= min(before) + 0.15:
+        if not before or min(last.values) <= max(min(before), teachers) + 0.15:
             return None
         if count == 3 or last.values[-1] >= 0.8 * last.values[0]:
             shares = ", ".join(f"{value:.0%}" for value in last.values)
             return Finding(
                 f"{shares} of the word 4-grams of held-out answers are repeats at the last {count} "
-                f"evaluations, {min(before):.0%} before",
+                f"evaluations, {min(before):.0%} before, {teachers:.0%} of the teacher's",
                 last.steps[0],
             )
     return None

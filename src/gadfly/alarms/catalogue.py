@@ -91,7 +91,7 @@ ALARMS: tuple[Kind, ...] = (
     Kind(
         "repetition",
         "Held-out answers repeat themselves",
-        "the share of repeated word 4-grams in greedy held-out answers rose at two evaluations running",
+        "the share of repeated word 4-grams in greedy held-out answers is high at two evaluations running",
         ("evaluation/repetition",),
         "Loops please the discriminator, or the student no longer knows where to end.",
         "Read the samples; {hold}.",

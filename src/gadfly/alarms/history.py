@@ -1,5 +1,6 @@
 """What a stage has logged so far, metric by metric: all that an alarm looks at."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,6 +102,17 @@ class History:
             series = self._series.setdefault(name, Series())
             series.steps.append(int(row["step"]))
             series.values.append(float(value))
+
+    def evaluated(self, metric: str) -> Series:
+        """A metric of evaluations so far, without one that the newest follows at less than half a distance.
+
+        A stage's last evaluation may come a step after another: the same again, and no second witness.
+        """
+        series = self[metric]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(series.steps)]
+        if len(gaps) < 2 or 2 * gaps[-1] >= max(gaps):
+            return series
+        return Series([*series.steps[:-2], series.steps[-1]], [*series.values[:-2], series.values[-1]])
 
     def __getitem__(self, metric: str) -> Series:
         """A metric's values so far; there may be none."""

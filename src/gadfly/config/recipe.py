@@ -158,6 +158,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _double_precision_is_not_mixed(self) -> "Recipe":
+        if self.student.dtype == "float64" and self.engine.precision != "float32":
+            raise ValueError(
+                f'engine.precision = "{self.engine.precision}": autocast cannot round weights of '
+                f'student.dtype = "float64"; set engine.precision = "float32", which leaves them as they are'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_learn_at_higher_rates(self) -> "Recipe":
         if self.student.lora_rank > 0:
             for name in ("discriminator", "seqkd", "warmup", "gad"):

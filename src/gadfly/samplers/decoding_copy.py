@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 # Weights that the processor's caches hold gain nothing.
 _WORTH_PACKING_BYTES = 2**26
-# Rows are filled up to a multiple of it.
+# Rows are filled up to a multiple of it, and of an eighth of the power of two below them.
 _ROWS = 8
 
 
@@ -80,7 +80,7 @@ class _CopiedLinear(nn.Module):
         flat = states.to(self._dtype).reshape(-1, states.shape[-1])
         # oneDNN keeps what it makes for a number of rows, half a megabyte for each number and layer shape.
         rows = len(flat)
-        flat = nn.functional.pad(flat, (0, 0, 0, -rows % _ROWS))
+        flat = nn.functional.pad(flat, (0, 0, 0, -rows % max(_ROWS, 2 ** rows.bit_length() // 16)))
         product: Tensor = torch.ops.mkldnn._linear_pointwise(flat, self._copy, bias, "none", [], "")
         return product[:rows].view(*states.shape[:-1], product.shape[-1])
 
@@ -88,7 +88,8 @@ class _CopiedLinear(nn.Module):
 def _is_copied(layer: nn.Module, dtype: torch.dtype) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer and nothing else: what derives from one may compute something else."""
     has_hooks = bool(layer._forward_hooks or layer._forward_pre_hooks)
-    return type(layer) is nn.Linear and layer.weight.dtype == dtype and not has_hooks
+    is_patched = has_hooks or "forward" in vars(layer)
+    return type(layer) is nn.Linear and layer.weight.dtype == dtype and not is_patched
 
 
 def _can_pack(weight: Tensor, dtype: torch.dtype) -> bool:

@@ -54,7 +54,9 @@ class Lookout:
         self._may_rest = "skip_discriminator" in actions
 
     def recall(self) -> None:
-        """Take up what an earlier start has logged and is kept; a stop that stands then still does."""
+        """Take up what an earlier start has logged and is kept; a stop that stands then still does, and what
+        stands and is now to be gone back for is.
+        """
 
         def read() -> list[Alarm]:
             # A row is looked at by whom writes it.
@@ -65,13 +67,18 @@ class Lookout:
             return look(self._history, only_new=False)
 
         standing = self._run.processes.once("alarms", read)
+        said: dict[str, Action] = {}
         for row in self._run.folder.rows("alarms.jsonl"):
             if row["stage"] == self._stage:
                 self._raised[row["name"]] = row["step"]
+                said[row["name"]] = row["action"]
         self._note_rest(standing)
-        for alarm in standing:
-            if self._decided(alarm).action == "stop":
-                self._wanted = self._decided(alarm)
+        # What was not said of these rows when they were new is not acted upon: nobody was told.
+        for alarm in (alarm for alarm in standing if alarm.name in said):
+            wanted = self._decided(alarm)
+            is_new = said[alarm.name] != "roll_back"
+            if wanted.action == "stop" or (wanted.action == "roll_back" and is_new):
+                self._wanted = wanted
 
     def see(self, row: Mapping[str, Any]) -> None:
         """Look at a row that has just been logged."""

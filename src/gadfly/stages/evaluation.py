@@ -111,6 +111,7 @@ def answer_metrics(
         "evaluation/repetition": sum(repetition(answer.text) for answer in answers) / count,
     }
     first = [texts[0] for texts in references]
+    metrics["detail/teacher_repetition"] = sum(repetition(text) for text in first) / count
     # A cap of a token or two may leave no text of the teacher to compare with.
     if any(first):
         metrics["evaluation/length_ratio"] = length_ratio([answer.text for answer in answers], first)
