@@ -136,7 +136,7 @@ class TrainingLoop:
         self._run.folder.append_rows("samples.jsonl", named)
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the loop evaluates after this step; samples are worth keeping then."""
+        """Whether a step is looked at closely, samples and all: the first, and those before evaluations."""
         return step in (1, self.total_steps) or step % self._training.evaluate_every == 0
 
     def forget_later_rows(self) -> None:
@@ -169,6 +169,9 @@ class TrainingLoop:
             return None
         # It looks back on what is saved, which must not depend on how fast that is written.
         self.finish()
+        # Large models take minutes for it.
+        place = f"{self._stage} {self.step}/{self.total_steps}"
+        logger.info("%s  asking held-out prompts", place, extra={"live": True, "last": False})
         metrics, samples = self._evaluate()
         row = {"stage": self._stage, "step": self.step, **metrics, "time/unix": time.time()}
         self._run.folder.append_rows("metrics.jsonl", [row])
@@ -179,7 +182,7 @@ class TrainingLoop:
             for name, value in metrics.items()
             if not name.startswith("detail/")
         )
-        logger.info("%s %d/%d  held-out: %s", self._stage, self.step, self.total_steps, figures)
+        logger.info("%s  held-out: %s", place, figures)
         self._lookout.see(row)
         return metrics["evaluation/rouge_l"]
 
