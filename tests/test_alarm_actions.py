@@ -120,19 +120,26 @@ def test_a_stage_goes_back_and_on_with_the_remedy(recipe_file: Path, tmp_path: P
     assert drift(recipe_file, tmp_path / "run", "alarms.actions.drift=roll_back") == found
 
 
-def test_a_run_that_stopped_goes_back_at_once_when_the_recipe_says_so(
-    recipe_file: Path, tmp_path: Path
+@pytest.mark.parametrize("action", ["stop", "roll_back"])
+def test_a_warning_that_the_recipe_makes_more_of_is_acted_upon_at_the_next_step(
+    action: str, recipe_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(AlarmError, match="alarm drift"):
-        drift(recipe_file, tmp_path / "run", "alarms.actions.drift=stop")
-    stopped = outcome(tmp_path / "run")["alarms"][-1]["step"]
-    found = drift(recipe_file, tmp_path / "run", "alarms.actions.drift=roll_back")
-    assert [remedy["step"] for remedy in found["remedies"]] == [stopped]
+    folder, settings = tmp_path / "run", f"alarms.actions.drift={action}"
+    # Another alarm stops it, while this one stands and is a warning.
+    with pytest.raises(AlarmError, match="alarm too-strong"):
+        drift(recipe_file, folder, "alarms.actions.too-strong=stop")
+    stopped = outcome(folder)
+    assert "drift" in [row["name"] for row in stopped["alarms"]]
+    if action == "stop":
+        with pytest.raises(AlarmError, match=rf"^gad step {stopped['metrics'][-1]['step']}: alarm drift"):
+            drift(recipe_file, folder, settings)
+        return
+    found = drift(recipe_file, folder, settings)
+    # To before it was first said, so that the remedy is tried on rows without the fault.
+    (remedy,) = found["remedies"]
+    assert remedy["step"] == stopped["metrics"][-1]["step"] + 1
     assert found["stage"]["done"]
-    assert (
-        found["metrics"]
-        == drift(recipe_file, tmp_path / "at-once", "alarms.actions.drift=roll_back")["metrics"]
-    )
+    assert found["metrics"] == drift(recipe_file, tmp_path / "at-once", settings)["metrics"]
 
 
 def test_what_a_stage_went_back_for_stands_in_its_remedies_and_on_the_screen(

@@ -308,6 +308,13 @@ def test_the_last_evaluation_a_step_after_another_is_no_second_witness(planted: 
     assert len(raised(rows(120, planted=planted))) == 1
 
 
+def test_evaluations_that_come_more_often_than_before_are_all_looked_at() -> None:
+    history = History("gad", Circumstances(held_out=64))
+    for step, share in ((0, 0.0), (50, 0.0), (100, 0.0), (110, 0.4), (120, 0.0), (130, 0.4)):
+        history.add({"stage": "gad", "step": step, "evaluation/repetition": share})
+        assert look(history) == []
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_of_grown_scores_is_no_circle(seed: int) -> None:
     rng = random.Random(seed)

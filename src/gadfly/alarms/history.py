@@ -104,13 +104,13 @@ class History:
             series.values.append(float(value))
 
     def evaluated(self, metric: str) -> Series:
-        """A metric of evaluations so far, without one that the newest follows at less than half a distance.
+        """A metric of evaluations so far, without one that the newest follows at less than half the distance.
 
         A stage's last evaluation may come a step after another: the same again, and no second witness.
         """
         series = self[metric]
         gaps = [later - earlier for earlier, later in itertools.pairwise(series.steps)]
-        if len(gaps) < 2 or 2 * gaps[-1] >= max(gaps):
+        if len(gaps) < 2 or 2 * gaps[-1] >= gaps[-2]:
             return series
         return Series([*series.steps[:-2], series.steps[-1]], [*series.values[:-2], series.values[-1]])
 

@@ -28,7 +28,7 @@ def packing_dtype(model: PreTrainedModel) -> torch.dtype | None:
 class DecodingCopy:
     """A model with copies of the weights of its linear layers; all else is the student's own.
 
-    Layers that are not in the student's precision, or have forward hooks, are not copied.
+    Layers that are not in the student's precision, or are patched, by hooks or otherwise, are not copied.
 
     Args:
         student: a model in one unsharded process.

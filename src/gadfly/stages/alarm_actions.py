@@ -1,8 +1,9 @@
 """Looks at every row a stage logs, says which alarms it raises, and decides what is done about them."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gadfly.alarms import KINDS, Alarm, Circumstances, History, look
@@ -48,15 +49,14 @@ class Lookout:
         self._run, self._stage = run, stage
         self._config = run.recipe.alarms
         self._history = History(stage, circumstances)
-        self._raised: dict[str, int] = {}
+        # By name: the step at which it was said last, and since when it stood then.
+        self._said: dict[str, tuple[float, int]] = {}
         self._wanted: _Wanted | None = None
         actions = {self._config.action, *self._config.actions.values()}
         self._may_rest = "skip_discriminator" in actions
 
     def recall(self) -> None:
-        """Take up what an earlier start has logged and is kept; a stop that stands then still does, and what
-        stands and is now to be gone back for is.
-        """
+        """Take up what an earlier start has logged and is kept; a stop that stands then still does."""
 
         def read() -> list[Alarm]:
             # A row is looked at by whom writes it.
@@ -67,33 +67,30 @@ class Lookout:
             return look(self._history, only_new=False)
 
         standing = self._run.processes.once("alarms", read)
-        said: dict[str, Action] = {}
         for row in self._run.folder.rows("alarms.jsonl"):
             if row["stage"] == self._stage:
-                self._raised[row["name"]] = row["step"]
-                said[row["name"]] = row["action"]
+                self._said[row["name"]] = (row["step"], row["since"])
         self._note_rest(standing)
-        # What was not said of these rows when they were new is not acted upon: nobody was told.
-        for alarm in (alarm for alarm in standing if alarm.name in said):
-            wanted = self._decided(alarm)
-            is_new = said[alarm.name] != "roll_back"
-            if wanted.action == "stop" or (wanted.action == "roll_back" and is_new):
-                self._wanted = wanted
+        # What was not said of these rows when they were new would not have stopped a run that went on.
+        stops = [self._decided(alarm) for alarm in standing if alarm.name in self._said]
+        self._wanted = next((wanted for wanted in stops if wanted.action == "stop"), None)
 
     def see(self, row: Mapping[str, Any]) -> None:
         """Look at a row that has just been logged."""
         found, standing = self._run.processes.once("alarms", lambda: self._look(row))
         self._note_rest(standing)
         for alarm in found:
-            last = self._raised.get(alarm.name)
-            if last is not None and alarm.step - last < _REMINDER * self._config.window:
+            said, since = self._said.get(alarm.name, (-math.inf, alarm.since))
+            # It was a warning once, and may have stood since then.
+            wanted = self._decided(replace(alarm, since=min(since, alarm.since)))
+            is_acted_upon = wanted.action in ("stop", "roll_back")
+            if not is_acted_upon and alarm.step - said < _REMINDER * self._config.window:
                 continue
-            wanted = self._decided(alarm)
-            self._raised[alarm.name] = alarm.step
+            self._said[alarm.name] = (alarm.step, alarm.since)
             self._run.folder.append_rows("alarms.jsonl", [_row(self._stage, alarm, wanted.action)])
             logger.warning("%s", _told(self._stage, alarm, wanted.action))
             # Of two alarms at once, the first of the catalogue is acted upon.
-            if wanted.action in ("stop", "roll_back") and self._wanted is None:
+            if is_acted_upon and self._wanted is None:
                 self._wanted = wanted
 
     @property
