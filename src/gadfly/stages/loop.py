@@ -177,11 +177,8 @@ class TrainingLoop:
         self._run.folder.append_rows("metrics.jsonl", [row])
         self.log_samples(samples)
         self._track(metrics)
-        figures = "  ".join(
-            f"{name.split('/')[1]} {value:.3f}"
-            for name, value in metrics.items()
-            if not name.startswith("detail/")
-        )
+        shown = {name: value for name, value in metrics.items() if not name.startswith("detail/")}
+        figures = "  ".join(f"{name.split('/')[1]} {value:.3f}" for name, value in shown.items())
         logger.info("%s  held-out: %s", place, figures)
         self._lookout.see(row)
         return metrics["evaluation/rouge_l"]
