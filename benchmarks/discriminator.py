@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.result import Result, time_in_turn
 from benchmarks.subjects import MIDDLE, QUICK, TINY, Shape, new_discriminator, new_groups
-from benchmarks.token_counts import three_pass_bound, told
+from benchmarks.token_counts import in_words, three_pass_bound
 from gadfly.config import Optimizer
 from gadfly.config.recipe import EngineConfig
 from gadfly.discriminator import Discriminator, read_scores
@@ -44,7 +44,7 @@ def run(case: str, quick: bool) -> Result:
 
     rival = _ThreePasses(new_discriminator(size, shares_prompts=False))
     times = time_in_turn(pairs, lambda: rival(groups), ours)
-    bounds = told(three_pass_bound(shape), three_pass_bound(shape, size))
+    bounds = in_words(three_pass_bound(shape), three_pass_bound(shape, size))
     details = f"P {shape.prompts} x G {shape.group_size}, {bounds}"
     return Result.of_times(f"discriminator:{case}", times, _WANTED[case], details)
 

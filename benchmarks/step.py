@@ -11,7 +11,7 @@ from benchmarks.gad_step import GadStep
 from benchmarks.result import Result
 from benchmarks.rival import Passes, run_beside
 from benchmarks.subjects import DEMO, QUICK, TINY, Shape, Size, new_examples, new_renderer
-from benchmarks.token_counts import step_bound, told
+from benchmarks.token_counts import in_words, step_bound
 from gadfly.config.recipe import EngineConfig
 
 _SHAPES = {"64/128": Shape(8, 8, 64, 128), "1024/256": Shape(8, 8, 1024, 256)}
@@ -47,7 +47,7 @@ def measure(
         )
     bound = step_bound(shape, passes)
     details = (
-        f"P {shape.prompts} x G {shape.group_size}, {told(bound, step_bound(shape, passes, size))}, "
+        f"P {shape.prompts} x G {shape.group_size}, {in_words(bound, step_bound(shape, passes, size))}, "
         f"ours: micro_batch_tokens={micro_batch_tokens}; {settings}"
     )
     return Result.of_times(bench, times, 0.85 * bound if wanted is None else wanted, details)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.result import Result, time_in_turn
 from benchmarks.subjects import MIDDLE, QUICK, TEMPERATURE, TINY, Shape, Size, new_groups, new_model
-from benchmarks.token_counts import student_bound, told
+from benchmarks.token_counts import in_words, student_bound
 from gadfly.config import Optimizer
 from gadfly.config.recipe import EngineConfig
 from gadfly.engine import Engine
@@ -33,7 +33,7 @@ def run(case: str, quick: bool) -> Result:
     groups = [group.only_students() for group in new_groups(shape, size)]
     ways = [_update(size, groups, shares_prompts=shares) for shares in (False, True)]
     bound = student_bound(shape)
-    details = f"P {shape.prompts} x G {shape.group_size}, {told(bound, student_bound(shape, size))}"
+    details = f"P {shape.prompts} x G {shape.group_size}, {in_words(bound, student_bound(shape, size))}"
     return Result.of_times(f"student:{case}", time_in_turn(pairs, *ways), _SHARE_OF_BOUND * bound, details)
 
 

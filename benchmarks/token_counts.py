@@ -74,7 +74,7 @@ def step_bound(shape: Shape, passes: Passes, size: Size | None = None) -> float:
     return _ratio(rival, ours, size)
 
 
-def told(by_tokens: float, with_attention: float) -> str:
+def in_words(by_tokens: float, with_attention: float) -> str:
     """Both bounds in words."""
     return f"bound by token counts {by_tokens:.2f}, with attention {with_attention:.2f}"
 
