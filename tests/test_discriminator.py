@@ -30,6 +30,7 @@ from gadfly.groups import Branch, Group, reread, teacher_group
 from gadfly.packing import MicroBatch
 from gadfly.recipe_file import load_recipe
 from gadfly.records import Message, Row, TeacherResponse
+from gadfly.stages.examples import Example
 from gadfly.stages.roles import open_discriminator, open_student
 from gadfly.stages.run import open_run
 
@@ -299,6 +300,35 @@ def test_many_processes_score_the_probe_together_and_refuse_alike(
     assert first[0] == ("", 1)
     with pytest.raises(CheckpointError, match=re.escape(first[1][0])):
         load_discriminator(edited)
+
+
+@pytest.mark.parametrize("reads", ["text", "tokens"])
+def test_an_answer_that_was_cut_within_a_character_is_no_damage(
+    reads: str, recipe_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    row = Row("7", (Message("user", "hi"),), (TeacherResponse("\u00e9\u00e9"),))
+    with open_run(load_recipe(recipe_file, [f"discriminator.reads={reads}"])) as run:
+        student = open_student(run, tiny_model, temperature=1.0)
+        role = open_discriminator(run, None, tiny_model, None, student)
+        cut = teacher_group(row, role.renderer, 3)
+        assert len(role.renderer.response_tokens(cut.teachers[0].text, False)) > 3
+        role.snapshot(role.view([cut], [Example(row, cut)]), is_copy=False)(tmp_path)
+    assert open_role(Processes(), recipe_file, tmp_path, tiny_model) == ("", 1)
+
+
+def test_what_writes_a_discriminator_asks_its_tokenizer_for_nothing(
+    recipe_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    with open_run(load_recipe(recipe_file)) as run:
+        student = open_student(run, tiny_model, temperature=1.0)
+        role = open_discriminator(run, None, tiny_model, None, student)
+        write = role.snapshot([teacher_group(ROW, role.renderer, 20)], is_copy=True)
+        # What a call of a tokenizer asks for stays with it, and for a prompt it is this.
+        role.renderer.prompt_tokens(ROW.messages)
+        options = role.renderer.tokenizer.backend_tokenizer
+        assert not options.encode_special_tokens
+        write(tmp_path)
+        assert not options.encode_special_tokens
 
 
 def test_a_discriminator_that_was_saved_without_texts_is_opened(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -109,6 +109,32 @@ def test_discriminator_gradients_over_micro_batches_equal_those_of_one_big_batch
     _, sum_of_shares = small.forward_backward(TOLD, objective)
     assert sum_of_shares == pytest.approx(loss, abs=1e-12)
     assert same(gradients(small), gradients(big), atol=1e-10)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_on_two_threads_gradients_are_the_same_to_the_last_bit_every_time(
+    is_chunked: bool, tiny_model: Path
+) -> None:
+    student, _ = load_language_model(str(tiny_model), "float32")
+    # The prompt's last state foretells the first token of all eight; threads that each add to its gradient,
+    # as torch's indexing has them do from 32,768 numbers on, come in any order.
+    long = [group.only_students() for group in random_groups(2, 1, students=8, lengths=[300])]
+    engine = Engine(student, LogprobReader(1.0, is_chunked), micro_batch_tokens=10**6, optimizer=Optimizer())
+    seen = set()
+    for _ in range(20):
+        engine.forward_backward(long, sft_objective(long))
+        seen.add(b"".join(gradient.numpy().tobytes() for gradient in gradients(engine).values()))
+        engine.model.zero_grad()
+    assert len(seen) == 1
 
 
 def test_the_reference_matters_only_through_the_kl_term(student: PreTrainedModel) -> None:

@@ -128,7 +128,7 @@ def read_scores(model: nn.Module, batch: MicroBatch) -> Scores:
     Equal responses to a prompt share one score to the last bit: rounding may differ from row to row of a
     batch, and in a group of copies it would become an advantage.
     """
-    return Scores(model(batch)[batch.same_as])
+    return Scores(model(batch).index_select(0, batch.same_as))
 
 
 def new_discriminator(
@@ -169,33 +169,31 @@ def save_discriminator(
 
     Args:
         model: what is saved.
-        renderer: its renderer.
+        renderer: its renderer, which is asked for no tokens: a tokenizer keeps the options of a call, so that
+            a thread that writes would change those that another one trains on.
         folder: where to.
-        probe: groups whose teacher responses are stored as texts with their scores.
+        probe: groups whose teacher responses are stored with their scores, in the tokens of their texts.
         state: the tensors by name, where the model has only shards of them or has moved on.
         scores: the scores of the probe, where the model cannot be asked any more.
         scored_in: the type that those were computed in.
     """
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "score_head": {}}
-    for name, value in (model.state_dict() if state is None else state).items():
+    for name, value in (state or model.state_dict()).items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value.contiguous()
     model.backbone.save_pretrained(folder, state_dict=parts["backbone"])
     renderer.tokenizer.save_pretrained(folder)
     GenerationConfig(eos_token_id=sorted(renderer.end_ids)).save_pretrained(folder)
     save_file(parts["score_head"], folder / _HEAD_FILE)
+    pairs = [(group, branch) for group in probe for branch in group.teachers]
     texts: list[dict[str, Any]] = [
         {"prompt_tokens": group.prompt_tokens, "response": branch.text, "finished": branch.finished}
-        for group in probe
-        for branch in group.teachers
+        for group, branch in pairs
     ]
-    tokens = [renderer.response_tokens(text["response"], text["finished"]) for text in texts]
-    stored = {
-        "dtype": scored_in or _dtype_name(model),
-        "texts": texts,
-        "tokens": tokens,
-        "scores": (scores or _score(model, _probe_groups(texts, tokens))).values.tolist(),
-    }
+    tokens = [branch.tokens for _, branch in pairs]
+    scores = scores or _score(model, _probe_groups(texts, tokens))
+    dtype = scored_in or _dtype_name(model)
+    stored = {"dtype": dtype, "texts": texts, "tokens": tokens, "scores": scores.values.tolist()}
     (folder / _PROBE_FILE).write_text(json.dumps(stored), encoding="utf-8")
 
 
@@ -228,7 +226,7 @@ def load_unchecked(
 ) -> tuple[Discriminator, Renderer, Probe]:
     """The same before its probe is scored, which is left to the caller.
 
-    Whoever shards the model can have the shards score; the whole of a large one takes minutes on a CPU.
+    Whoever shards the model can have the shards score.
 
     Raises:
         CheckpointError: if the head or the probe is missing or broken.
@@ -271,7 +269,7 @@ def _generation_config(name: str, backbone: PreTrainedModel) -> GenerationConfig
         return GenerationConfig.from_model_config(backbone.config)
 
 
-def _probe_groups(texts: list[dict[str, Any]], tokens: list[list[int]]) -> tuple[Group, ...]:
+def _probe_groups(texts: list[dict[str, Any]], tokens: Sequence[Sequence[int]]) -> tuple[Group, ...]:
     return tuple(
         Group(
             "probe",

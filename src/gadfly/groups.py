@@ -83,8 +83,17 @@ def teacher_group(
 
 
 def reread(groups: Sequence[Group], rows: Sequence[Row], renderer: Renderer) -> list[Group]:
-    """The groups as the discriminator reads them: both roles' text, tokenised afresh with its own
+    """The groups as the discriminator reads them: prompts and both roles' text, tokenised afresh with its own
     renderer.
+    """
+    return [
+        replace(group, prompt_tokens=tuple(renderer.prompt_tokens(row.messages)))
+        for group, row in zip(retokenised(groups, renderer), rows, strict=True)
+    ]
+
+
+def retokenised(groups: Sequence[Group], renderer: Renderer) -> list[Group]:
+    """The groups with the responses' text tokenised afresh.
 
     Re-tokenised text may be longer than the cap; it is not cut again. Identical text gives
     identical tokens, whatever ids it was sampled as and whichever role wrote it.
@@ -100,11 +109,10 @@ def reread(groups: Sequence[Group], rows: Sequence[Row], renderer: Renderer) -> 
         return replace(branch, tokens=tuple(next(tokens)))
 
     return [
-        Group(
-            group.id,
-            tuple(renderer.prompt_tokens(row.messages)),
+        replace(
+            group,
             teachers=tuple(again(branch) for branch in group.teachers),
             students=tuple(again(branch) for branch in group.students),
         )
-        for group, row in zip(groups, rows, strict=True)
+        for group in groups
     ]

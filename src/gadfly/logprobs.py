@@ -132,10 +132,12 @@ def _head(model: nn.Module) -> nn.Module:
 
 def _response_logits(model: nn.Module, batch: MicroBatch) -> Float[Tensor, "real vocabulary"]:
     if batch.shared is not None:
-        kept: Tensor = model(**batch.arguments(), logits_to_keep=batch.shared.foretelling).logits[0]
-        return kept
+        # Each once: the last token of a prompt foretells the first of all its branches.
+        places, where = batch.shared.foretelling.unique(return_inverse=True)
+        logits: Tensor = model(**batch.arguments(), logits_to_keep=places).logits
+        return logits[0].index_select(0, where)
     num_columns = batch.response_tokens.shape[1]
-    logits: Tensor = model(**batch.arguments(), logits_to_keep=num_columns + 1).logits
+    logits = model(**batch.arguments(), logits_to_keep=num_columns + 1).logits
     # The last prompt column foretells the first response token.
     return logits[:, -num_columns - 1 : -1][batch.response_mask]
 

@@ -68,7 +68,7 @@ class MicroBatch:
     def foretelling(self, hidden: Float[Tensor, "line column channel"]) -> Float[Tensor, "token channel"]:
         """Those of a model's states that foretell the response tokens, row by row."""
         if self.shared is not None:
-            return hidden[0, self.shared.foretelling]
+            return hidden[0].index_select(0, self.shared.foretelling)
         # The last prompt column foretells the first response token.
         before = hidden[:, self.num_prompt_columns - 1 : -1]
         return before[self.response_mask]
@@ -76,7 +76,7 @@ class MicroBatch:
     def last(self, hidden: Float[Tensor, "line column channel"]) -> Float[Tensor, "row channel"]:
         """Those of a model's states at the last token of each response; of the prompt before an empty one."""
         if self.shared is not None:
-            return hidden[0, self.shared.last_of_branches]
+            return hidden[0].index_select(0, self.shared.last_of_branches)
         places = self.num_prompt_columns + self.response_lengths - 1
         return hidden[torch.arange(len(places), device=places.device), places]
 

@@ -23,7 +23,7 @@ from gadfly.discriminator import (
     save_discriminator,
 )
 from gadfly.engine import Engine, Precision, faster_precision, frozen_weights
-from gadfly.groups import Group, reread
+from gadfly.groups import Group, reread, retokenised
 from gadfly.logprobs import LogprobReader, Logprobs, has_plain_head
 from gadfly.lora import SharedBase
 from gadfly.models import (
@@ -83,7 +83,8 @@ class DiscriminatorRole:
 
     def snapshot(self, probe: list[Group], *, is_copy: bool) -> Callable[[Path], None]:
         """The discriminator as it is now, as for a student; `probe` is what its loader will re-score."""
-        told = [group.only_teachers() for group in probe]
+        # Tokens of a response that was cut may not be those of its text, which its loader will have.
+        told = retokenised([group.only_teachers() for group in probe], self.renderer)
         scores = self.engine.forward(told)
         state = self.engine.whole_state(is_copy=is_copy)
         scored_in = _scored_in(self.engine)
