@@ -14,6 +14,7 @@ from gadfly.config import DiscriminatorConfig
 from gadfly.discriminator import load_discriminator, new_discriminator, read_scores, save_discriminator
 from gadfly.distributed.processes import Processes
 from gadfly.engine import Engine
+from gadfly.groups import retokenised
 from gadfly.lora import SharedBase
 from gadfly.models import load_language_model
 from gadfly.stages.snapshots import Snapshot, earlier_discriminators, with_snapshot
@@ -37,7 +38,7 @@ def saved(model_folder: Path, folder: Path) -> Snapshot:
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.5).add_(0.01)
-    save_discriminator(model, renderer, folder, GROUPS[:1])
+    save_discriminator(model, renderer, folder, retokenised(GROUPS[:1], renderer))
     return Snapshot("warmup-000001", folder)
 
 
@@ -126,7 +127,7 @@ def test_an_adapter_is_read_into_the_live_one(tiny_model: Path, tmp_path: Path) 
             if weight.requires_grad:
                 weight.add_(0.1)
     expected = engine_of(earlier).forward(GROUPS).values
-    save_discriminator(earlier, renderer, tmp_path / "d", GROUPS[:1])
+    save_discriminator(earlier, renderer, tmp_path / "d", retokenised(GROUPS[:1], renderer))
     live = engine_of(new_discriminator(str(tiny_model), "float32", 0, shared)[0])
     before = state(live.model)
     scores = with_snapshot(
