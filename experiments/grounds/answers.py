@@ -16,7 +16,7 @@ from experiments.experiment import FOLDER
 from gadfly.analysis.tell_model import open_embedder
 from gadfly.errors import ConfigError
 from gadfly.models import load_language_model
-from gadfly.records import Message
+from gadfly.records import Message, generations_file
 from gadfly.stages.generate import named_models
 from gadfly.stages.judge.answer_sheets import answer_sheets
 from gadfly.stages.judge.told import told
@@ -70,11 +70,12 @@ def measure(run: Run, settings: Mapping[str, Any]) -> None:
     _measure_forgetting(run, settings)
     # The judge's classifier counts n-grams; this one reads hidden states of the student before any training.
     embed = open_embedder(str(_folder(settings, "model")))
+    own = {generations_file(_OWN, temperature) for temperature in run.recipe.generate.temperatures}
     for sheet in answer_sheets(run):
-        if sheet.name == _OWN:
+        if sheet.name in own:
             for model, figures in told(sheet, embed).items():
                 record = {"tell_accuracy_hidden": figures["tell_accuracy"].as_record()}
-                run.folder.update_summary("evaluation", {model: {_OWN: record}})
+                run.folder.update_summary("evaluation", {model: {sheet.name: record}})
 
 
 @torch.no_grad()
