@@ -62,10 +62,10 @@ class GadStep:
             seed=0,
             purpose=f"gad/{self._step}",
         )
-        told = reread(groups, [example.row for example in batch], self._renderer)
-        objective = discriminator_objective(told, "bradley_terry")
-        scores, _ = self._discriminator.forward_backward(told, objective)
-        rewards = student_scores(scores, told)
+        as_read = reread(groups, [example.row for example in batch], self._renderer)
+        objective = discriminator_objective(as_read, "bradley_terry")
+        scores, _ = self._discriminator.forward_backward(as_read, objective)
+        rewards = student_scores(scores, as_read)
 
         student_groups = [group.only_students() for group in groups]
         reference = self._reference.forward(student_groups)
@@ -82,7 +82,7 @@ class GadStep:
             engine.step(LEARNING_RATE)
         self._sampler.update(self._student.weights())
 
-        discriminator_metrics(scores, told)
+        discriminator_metrics(scores, as_read)
         policy_metrics(logprobs, reference, student_groups, samples)
         group_metrics(rewards, groups)
         rollout_metrics(groups)

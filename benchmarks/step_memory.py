@@ -34,14 +34,14 @@ def step_bytes(
         micro_batch_tokens: tokens in one pass.
         recomputes: whether activations are computed again in the backward pass.
     """
-    student, reference, told = models
+    student, reference, discriminator = models
     read = LogprobReader(TEMPERATURE, is_chunked=True)
     writer = Engine(
         student, read, micro_batch_tokens=micro_batch_tokens, optimizer=Optimizer(), recomputes=recomputes
     )
     frozen = Engine(reference, read, micro_batch_tokens=micro_batch_tokens)
     scorer = Engine(
-        Discriminator(told.base_model, seed=0),
+        Discriminator(discriminator.base_model, seed=0),
         read_scores,
         micro_batch_tokens=micro_batch_tokens,
         optimizer=Optimizer(),

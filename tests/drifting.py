@@ -64,11 +64,11 @@ def _stage(run: Run, check: Callable[[int], None]) -> None:
             check(step)
             drifts = step > ONSET and run.recipe.gad.kl_coefficient < 0.01
             kl = kl + 0.1 if drifts else 0.9 * kl + 0.01
-            told = 0.999 if 25 <= step < 45 else 0.8
+            accuracy = 0.999 if 25 <= step < 45 else 0.8
             loop.log(
                 {
                     "student/kl_nats": kl,
-                    "discriminator/accuracy": told,
+                    "discriminator/accuracy": accuracy,
                     "discriminator/score_gap": 4.0,
                     "group/score_std": 0.1,
                     "detail/discriminator_skipped": float(loop.discriminator_rests),

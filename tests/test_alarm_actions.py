@@ -22,7 +22,7 @@ from gadfly.metrics import without_time
 from gadfly.recipe_file import load_recipe
 from gadfly.run_folder import RunFolder
 from gadfly.stages import alarm_actions
-from gadfly.stages.alarm_actions import Lookout
+from gadfly.stages.alarm_actions import StageAlarms
 from gadfly.stages.gad import gad
 from gadfly.stages.remedies import remedy_for
 from gadfly.stages.run import open_run
@@ -150,9 +150,9 @@ def test_what_a_stage_went_back_for_stands_in_its_remedies_and_on_the_screen(
     assert remedy["evidence"].startswith("KL to the student after warmup 1.")
     assert remedy["cause"]
     assert "gad.kl_coefficient" in remedy["advice"]
-    told = snapshot(Watched(tmp_path / "run"))
-    assert f"gad from step {remedy['step']} to {remedy['back_to']} for drift" in told
-    assert remedy["evidence"] in told
+    screen = snapshot(Watched(tmp_path / "run"))
+    assert f"gad from step {remedy['step']} to {remedy['back_to']} for drift" in screen
+    assert remedy["evidence"] in screen
 
 
 def test_without_a_good_checkpoint_it_goes_back_to_the_start(recipe_file: Path, tmp_path: Path) -> None:
@@ -245,9 +245,9 @@ def test_a_loss_that_is_no_number_goes_back_too(recipe_file: Path, tmp_path: Pat
 
     with pytest.raises(AlarmError) as stopped:
         work()
-    told = str(stopped.value)
-    assert told.startswith("gad step 33: the loss is nan (prompts p1); nothing was updated. Last good ")
-    assert "checkpoint: step 30. Lower gad.learning_rate" in told
+    message = str(stopped.value)
+    assert message.startswith("gad step 33: the loss is nan (prompts p1); nothing was updated. Last good ")
+    assert "checkpoint: step 30. Lower gad.learning_rate" in message
     assert outcome(tmp_path / "run")["alarms"][-1]["name"] == "not-finite"
     found = work("alarms.action=roll_back", "alarms.actions.drift=warn", "alarms.actions.too-strong=warn")
     assert [row["name"] for row in found["remedies"]] == ["not-finite"]
@@ -361,9 +361,9 @@ def test_sft_goes_back_at_half_its_rate_when_a_gradient_is_no_number(
 
 def test_an_alarm_before_the_first_step_promises_no_checkpoint(recipe_file: Path) -> None:
     with open_run(load_recipe(recipe_file, ["alarms.action=stop"])) as run:
-        lookout = Lookout(run, "gad", Circumstances())
-        lookout.see({"stage": "gad", "step": 0, "evaluation/rouge_l": float("nan")})
+        alarms = StageAlarms(run, "gad", Circumstances())
+        alarms.see({"stage": "gad", "step": 0, "evaluation/rouge_l": float("nan")})
         with pytest.raises(AlarmError) as stopped:
-            lookout.act(before=lambda: None)
+            alarms.act(before=lambda: None)
     assert "checkpoint" not in str(stopped.value)
     assert 'alarms.actions.not-finite="warn"' in str(stopped.value)

@@ -37,7 +37,7 @@ def evaluated(*values: float) -> Shape:
 
 
 # Held-out pairs that are told as well as those that are trained on.
-TOLD_HELD_OUT: dict[str, Shape] = {
+ACCURATE_HELD_OUT: dict[str, Shape] = {
     "detail/held_out_accuracy": always(0.96),
     "probe/accuracy": always(0.96),
 }
@@ -94,7 +94,7 @@ FAULTS: dict[str, tuple[str, dict[str, Shape], int, int]] = {
         "warmup",
         {
             "discriminator/accuracy": lambda step: (0.5, 0.9, 0.97, 0.98, 0.99)[min(step, 5) - 1],
-            **TOLD_HELD_OUT,
+            **ACCURATE_HELD_OUT,
         },
         3,
         3,
@@ -104,7 +104,7 @@ FAULTS: dict[str, tuple[str, dict[str, Shape], int, int]] = {
         {
             "discriminator/accuracy": from_onset(1.0, "discriminator/accuracy"),
             "discriminator/grad_norm": from_onset(1e-4, "discriminator/grad_norm"),
-            **TOLD_HELD_OUT,
+            **ACCURATE_HELD_OUT,
         },
         ONSET,
         50,
@@ -114,7 +114,7 @@ FAULTS: dict[str, tuple[str, dict[str, Shape], int, int]] = {
         {
             "discriminator/accuracy": from_onset(0.995, "discriminator/accuracy"),
             "group/score_std": from_onset(0.05, "group/score_std"),
-            **TOLD_HELD_OUT,
+            **ACCURATE_HELD_OUT,
         },
         ONSET,
         40,
@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[str, dict[str, Shape], int, int]] = {
         40,
         40,
     ),
-    "surface-shortcut": ("gad", {"detail/surface_accuracy": always(0.95), **TOLD_HELD_OUT}, 0, 20),
+    "surface-shortcut": ("gad", {"detail/surface_accuracy": always(0.95), **ACCURATE_HELD_OUT}, 0, 20),
     "format-sensitive": ("gad", {"detail/perturbation_share": always(0.9)}, 0, 20),
     "length-bias": (
         "gad",
@@ -161,7 +161,7 @@ FAULTS: dict[str, tuple[str, dict[str, Shape], int, int]] = {
     "no-learning": (
         "gad",
         {name: always(0.0 if "kl" in name else shape(1) or 0.0) for name, (shape, _) in HEALTHY.items()}
-        | TOLD_HELD_OUT,
+        | ACCURATE_HELD_OUT,
         1,
         99,
     ),
@@ -396,8 +396,8 @@ def test_what_was_logged_before_decides_and_nothing_else(name: str) -> None:
 
 def test_every_entry_says_what_and_what_to_do() -> None:
     for kind in ALARMS:
-        told = (kind.title, kind.meaning, kind.cause, kind.advice)
-        assert all(told)
+        texts = (kind.title, kind.meaning, kind.cause, kind.advice)
+        assert all(texts)
         assert kind.advice_in("gad").endswith(".")
         assert not set(kind.hidden_by) - KINDS.keys()
         assert kind.reads or kind.name == "not-finite"

@@ -104,7 +104,7 @@ def short_ones(processes: Processes, recipe: Path, ground: Path) -> dict[str, An
     }
 
 
-def told(folder: Path) -> dict[str, Any]:
+def alarm_records(folder: Path) -> dict[str, Any]:
     """What a run has written down of alarms, and at which steps; the figures are those of the evidence."""
     run = RunFolder(folder)
     rows = run.rows("metrics.jsonl")
@@ -148,7 +148,7 @@ def on_two(recipe: Path, start: Path) -> list[dict[str, Any]]:
 def test_two_processes_act_on_the_alarms_of_one_at_the_same_steps(recipe: Path, start: Path) -> None:
     assert in_gad(Processes(), recipe, start / "one" / "acted", *ACTED_UPON) == "done"
     assert side_by_side(in_gad, recipe, start / "two" / "acted", *ACTED_UPON) == ["done", "done"]
-    one, two = told(start / "one" / "acted"), told(start / "two" / "acted")
+    one, two = alarm_records(start / "one" / "acted"), alarm_records(start / "two" / "acted")
     assert one == two
 
     actions = {row["name"]: row["action"] for row in two["alarms"]}
@@ -164,11 +164,11 @@ def test_two_processes_stop_where_one_does_and_do_so_again(
     recipe: Path, start: Path, on_two: list[dict[str, Any]]
 ) -> None:
     stopped = in_gad(Processes(), recipe, start / "one" / "stopped", *STOPPED)
-    step = told(start / "one" / "stopped")["kept"][-1]
+    step = alarm_records(start / "one" / "stopped")["kept"][-1]
     assert stopped.startswith(f"4 copies: gad step {step}: alarm copies (stop): ")
     for outcome in on_two:
         assert (outcome["stopped"], outcome["stopped again"]) == (stopped, stopped)
-    one, two = told(start / "one" / "stopped"), told(start / "two" / "stopped")
+    one, two = alarm_records(start / "one" / "stopped"), alarm_records(start / "two" / "stopped")
     assert one == two
     assert [row["step"] for row in two["alarms"] if row["name"] == "copies"] == [step]
     assert two["kept"] == [step] == [2]
@@ -185,7 +185,7 @@ def test_no_number_in_one_process_updates_nothing_in_either(
     assert "nothing was updated" in ended
     assert f"Last good checkpoint: step {SPOILED_AT - 1}." in ended
     folder = start / "two" / where
-    found = told(folder)
+    found = alarm_records(folder)
     assert [(row["name"], row["step"]) for row in found["alarms"]] == [("not-finite", SPOILED_AT)]
     assert found["kept"][-1] == SPOILED_AT - 1
     for role, weights in held.items():
@@ -213,9 +213,9 @@ def test_every_rank_of_a_command_that_an_alarm_stops_ends_with_code_4_and_one_of
         ranks.append(
             subprocess.Popen(command, env={**os.environ, **place}, stderr=subprocess.PIPE, text=True)
         )
-    told_by = [rank.communicate(timeout=120)[1].splitlines() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [4, 4], told_by
-    assert told_by[1] == []
-    assert told_by[0][-1] == on_two[0]["stopped"].removeprefix("4 copies: ")
-    assert sum("alarm copies" in line for line in told_by[0]) == 2, "when it is raised, and at the end"
-    assert told(start / "commands") == told(start / "two" / "stopped")
+    error_lines = [rank.communicate(timeout=120)[1].splitlines() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [4, 4], error_lines
+    assert error_lines[1] == []
+    assert error_lines[0][-1] == on_two[0]["stopped"].removeprefix("4 copies: ")
+    assert sum("alarm copies" in line for line in error_lines[0]) == 2, "when it is raised, and at the end"
+    assert alarm_records(start / "commands") == alarm_records(start / "two" / "stopped")

@@ -77,8 +77,8 @@ def test_what_one_side_has_is_found_on_either_side(planted, finding: str) -> Non
     assert names(judge_student(role("teacher", clean), role("student", odd), is_trained=True)) == [finding]
     both = role("teacher", odd), role("student", odd)
     # What is a fault of the data stays one, but does not tell the roles apart.
-    told = [finding.rstrip("!")] if finding == "control-strings!" else []
-    assert names(judge_teacher(*both, NONE_OVER, drops=False)) == told
+    expected = [finding.rstrip("!")] if finding == "control-strings!" else []
+    assert names(judge_teacher(*both, NONE_OVER, drops=False)) == expected
     assert judge_student(*both, is_trained=True) == []
 
 
@@ -195,9 +195,9 @@ def test_chinese_prompts_are_paired_by_their_characters() -> None:
 
 
 def test_the_surface_is_a_warning_before_and_after_training() -> None:
-    told = SurfaceTest(Figure(0.98, 64, 0.93, 1.0), (("finished", 0.97),))
-    assert names(judge_surface(told, is_trained=True)) == ["told-by-surface"]
-    (before,) = judge_surface(told, is_trained=False)
+    surface = SurfaceTest(Figure(0.98, 64, 0.93, 1.0), (("finished", 0.97),))
+    assert names(judge_surface(surface, is_trained=True)) == ["told-by-surface"]
+    (before,) = judge_surface(surface, is_trained=False)
     assert "to be expected" in before.evidence
     assert judge_surface(SurfaceTest(Figure(0.6, 64, 0.5, 0.7), ()), is_trained=True) == []
     assert judge_surface(None, is_trained=True) == []

@@ -184,9 +184,9 @@ def test_a_trial_asks_one_by_one_and_the_rest_is_a_batch(bench: Bench) -> None:
     with FaultServer() as server:
         bench.write(server.base_url, prompts=25)
         with open_run(load_recipe(bench.recipe)) as run:
-            told = trial(run)
-        assert "> say" in told
-        assert told.endswith("the trial was asked one by one, at the price of single requests")
+            report = trial(run)
+        assert "> say" in report
+        assert report.endswith("the trial was asked one by one, at the price of single requests")
         assert (server.ledger.seen.total(), sizes(server)) == (20, [])
         bench.collect()
         assert sizes(server) == [5]
@@ -199,10 +199,10 @@ def test_what_an_open_batch_holds_is_neither_asked_by_a_trial_nor_counted_by_a_d
         bench.write(server.base_url)
         bench.start_and_kill(reached)
         with open_run(load_recipe(bench.recipe)) as run:
-            told = estimate(run)
+            report = estimate(run)
             with pytest.raises(UserError, match=r"and run `gadfly collect` to get their answers"):
                 trial(run)
-        assert told == (
+        assert report == (
             "6 questions to gpt-4o, 0 answered already, 6 in a batch at the provider\n"
             "to ask, if every answer reaches the cap: about 0 tokens of prompts, 0 of answers: "
             "no price given (teacher.price)"
@@ -429,11 +429,11 @@ def test_when_the_network_stays_away_the_batch_goes_on_and_is_picked_up(bench: B
 
     with FaultServer(batches=[BatchPlan(polls=100)], route_faults={"GET /v1/batches/{id}": away}) as server:
         bench.write(server.base_url, more="give_up_seconds = 0.4")
-        told = (
+        message = (
             r"^teacher 'gpt-4o' at http://127.*: waiting for batch_1: given up after \d+ s: cut-off: .*; "
             r"1 batch goes on at the provider; 0 of 6 answers are kept in .*run the same command to go on\.$"
         )
-        with pytest.raises(ApiError, match=told):
+        with pytest.raises(ApiError, match=message):
             bench.collect()
         (noted,) = bench.open_batches
         assert noted["batch_id"] == "batch_1"
@@ -459,10 +459,10 @@ def test_a_wrong_key_is_told_without_it(bench: Bench, capfd: pytest.CaptureFixtu
     with FaultServer(key="another") as server:
         bench.write(server.base_url)
         done = bench.start()
-        _, told = done.communicate(timeout=60)
+        _, stderr = done.communicate(timeout=60)
     assert done.returncode == 3
-    assert "the key in TEACHER_KEY is wrong or expired" in told
-    seen = told.encode() + b"".join(p.read_bytes() for p in bench.run_folder.rglob("*") if p.is_file())
+    assert "the key in TEACHER_KEY is wrong or expired" in stderr
+    seen = stderr.encode() + b"".join(p.read_bytes() for p in bench.run_folder.rglob("*") if p.is_file())
     assert KEY.encode() not in seen
     assert KEY[4:].encode() not in seen
 
@@ -473,10 +473,10 @@ def test_a_wrong_key_is_told_without_it(bench: Bench, capfd: pytest.CaptureFixtu
 def test_a_budget_of_requests_is_never_crossed(bench: Bench) -> None:
     with FaultServer() as server:
         bench.write(server.base_url, more="budget = { requests = 4 }")
-        told = r"^teacher\.budget is spent; 4 of 6 answers are kept in .*Raise it and run the same command"
-        with pytest.raises(UserError, match=told):
+        message = r"^teacher\.budget is spent; 4 of 6 answers are kept in .*Raise it and run the same command"
+        with pytest.raises(UserError, match=message):
             bench.collect()
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             bench.collect()
         assert sizes(server) == [4]
         bench.collect("teacher.budget.requests=6")
@@ -590,10 +590,10 @@ def test_ctrl_c_leaves_the_batch_to_the_same_command(bench: Bench) -> None:
         with bench.start() as process:
             assert reached.wait(60)
             process.send_signal(signal.SIGINT)
-            _, told = process.communicate(timeout=60)
+            _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert told.endswith("stopped; run the same command to go on\n")
-        assert "Traceback" not in told
+        assert stderr.endswith("stopped; run the same command to go on\n")
+        assert "Traceback" not in stderr
         assert bench.open_batches[0]["batch_id"] == "batch_1"
         assert len(created(server)) == 1
 
@@ -641,7 +641,7 @@ def test_an_open_batch_is_not_paid_again_one_by_one(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ('{"batches": [{"name": "a"}]}', "not as it was written"),
         ('{"batches": [3]}', "not as it was written"),
@@ -652,12 +652,12 @@ def test_an_open_batch_is_not_paid_again_one_by_one(bench: Bench) -> None:
         ("{", "not a JSON object"),
     ],
 )
-def test_a_damaged_list_of_batches_is_told(bench: Bench, content: str, told: str) -> None:
+def test_a_damaged_list_of_batches_is_told(bench: Bench, content: str, message: str) -> None:
     bench.write("http://127.0.0.1:9/v1")
     path = bench.run_folder / BOOK_FILE
     path.parent.mkdir(parents=True)
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(RunFolderError, match=told):
+    with pytest.raises(RunFolderError, match=message):
         bench.collect()
 
 

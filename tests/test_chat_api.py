@@ -172,7 +172,7 @@ def test_the_name_of_the_cap_follows_the_server_and_costs_no_attempt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "expected"),
     [
         (Fault("expired_key"), "the key in TEACHER_KEY is wrong or expired: 401: "),
         (Fault("server_error", status=403), "the key in TEACHER_KEY is wrong or expired: 403: "),
@@ -183,22 +183,22 @@ def test_the_name_of_the_cap_follows_the_server_and_costs_no_attempt() -> None:
         (Fault("rate_limit", seconds=400), "asks to wait 400 s, more than give_up_seconds = 300: 429: "),
     ],
 )
-def test_what_cannot_pass_ends_all_asking_at_once(fault: Fault, told: str) -> None:
+def test_what_cannot_pass_ends_all_asking_at_once(fault: Fault, expected: str) -> None:
     with FaultServer(faults=[fault]) as server:
         with pytest.raises(ApiError) as failed:
             ask(server.base_url)
         assert server.ledger.seen.total() == 1
     message = str(failed.value)
     assert message.startswith(f"teacher 'm' at {server.base_url}: ")
-    assert told in message
+    assert expected in message
     assert "\n" not in message
 
 
 def test_a_server_that_refuses_everything_for_too_long_is_given_up() -> None:
-    told = "has refused everything for 1 s, more than give_up_seconds = 1"
+    message = "has refused everything for 1 s, more than give_up_seconds = 1"
     with (
         FaultServer(faults=lambda number, body: Fault("rate_limit", seconds=0.3)) as server,
-        pytest.raises(ApiError, match=told),
+        pytest.raises(ApiError, match=message),
     ):
         ask(server.base_url, give_up_seconds=1.0)
 
@@ -282,11 +282,11 @@ def test_without_a_variable_no_key_is_needed() -> None:
     ],
 )
 def test_no_part_of_a_key_is_told(show: Callable[[str], str]) -> None:
-    told = ApiKey(KEY).hidden_in(f"Incorrect API key provided: {show(KEY)}. Find yours in your account.")
-    assert not any(KEY[at : at + 6] in told for at in range(len(KEY) - 5))
-    assert "1234567890" not in told
-    assert told.startswith("Incorrect API key provided: ")
-    assert len(told) <= 200
+    hidden = ApiKey(KEY).hidden_in(f"Incorrect API key provided: {show(KEY)}. Find yours in your account.")
+    assert not any(KEY[at : at + 6] in hidden for at in range(len(KEY) - 5))
+    assert "1234567890" not in hidden
+    assert hidden.startswith("Incorrect API key provided: ")
+    assert len(hidden) <= 200
     assert KEY not in repr(ApiKey(KEY)) + str(vars(ApiKey("")))
 
 
@@ -313,9 +313,9 @@ def test_a_page_that_repeats_the_key_is_told_without_it() -> None:
         server.close()
         return str(failed.value)
 
-    told = asyncio.run(go())
-    assert "a web page instead of an answer" in told
-    assert "SECRET" not in told
+    message = asyncio.run(go())
+    assert "a web page instead of an answer" in message
+    assert "SECRET" not in message
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -376,7 +376,7 @@ def test_half_a_character_is_replaced_and_two_halves_are_one() -> None:
 
 def test_json_nested_too_deep_is_a_failure_of_the_question() -> None:
     api = ChatApi(config("http://localhost/v1"), "teacher")
-    with pytest.raises(RequestFailed, match="no-json"), api.failures_told(""):
+    with pytest.raises(RequestFailed, match="no-json"), api.explain_failures(""):
         json.loads("[" * 100_000)
 
 

@@ -138,9 +138,9 @@ def test_a_missing_manifest_is_not_passed_over(stage: Path) -> None:
 def test_a_damaged_manifest_is_named_with_a_way_out(stage: Path, text: str) -> None:
     manifest = stage / "step-000006" / "manifest.json"
     manifest.write_bytes(text.encode("latin-1"))
-    told = refusal(stage / "step-000006")
-    assert told.startswith(f"{manifest}: not a manifest (")
-    assert told.endswith(f"; restore it, or delete {stage / 'step-000006'} to go on from step 4")
+    message = refusal(stage / "step-000006")
+    assert message.startswith(f"{manifest}: not a manifest (")
+    assert message.endswith(f"; restore it, or delete {stage / 'step-000006'} to go on from step 4")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "student/../../outside", "link", "a\0b"])
@@ -151,8 +151,8 @@ def test_a_manifest_that_lists_a_file_outside_is_refused(stage: Path, name: str)
     content = json.loads(manifest.read_text())
     content["files"][name] = "0" * 64
     manifest.write_text(json.dumps(content))
-    told = f"{manifest}: lists {name!r}, outside the folder; do not use it"
-    assert refusal(stage / "step-000006") == told
+    expected = f"{manifest}: lists {name!r}, outside the folder; do not use it"
+    assert refusal(stage / "step-000006") == expected
 
 
 @pytest.mark.parametrize(
@@ -307,9 +307,9 @@ def test_whatever_part_the_disk_has_no_room_for_is_a_users_error(stage: Path, ti
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    told = done.stdout.splitlines()
-    assert len(told) == 2 * len(parts)
-    for line in told:
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * len(parts)
+    for line in lines:
         assert line.startswith(f"{stage / 'step-000008'}: the checkpoint could not be written (")
         assert "earlier ones are untouched" in line
     assert contents(stage) == before
@@ -389,7 +389,7 @@ def test_who_saves_tensors_learns_which_files_they_are_in(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("wanted", "told"),
+    ("wanted", "mismatch"),
     [
         ({"a": (2, 3), "b": (1,)}, "a has shape (3, 2) there, (2, 3) here"),
         ({"a": (3, 2), "b": (1,), "c": ()}, "c has shape missing there, () here"),
@@ -397,13 +397,13 @@ def test_who_saves_tensors_learns_which_files_they_are_in(tmp_path: Path) -> Non
     ],
 )
 def test_tensors_of_another_model_are_refused(
-    tmp_path: Path, wanted: dict[str, tuple[int, ...]], told: str
+    tmp_path: Path, wanted: dict[str, tuple[int, ...]], mismatch: str
 ) -> None:
     save_tensors({"a": torch.ones(3, 2), "b": torch.ones(1)}, tmp_path / "tensors")
     given = {name: torch.zeros(shape) for name, shape in wanted.items()}
     with pytest.raises(CheckpointError) as refused:
         load_tensors(given, tmp_path / "tensors")
-    assert str(refused.value) == f"{tmp_path / 'tensors'}: of another model than the recipe's: {told}"
+    assert str(refused.value) == f"{tmp_path / 'tensors'}: of another model than the recipe's: {mismatch}"
     assert all(not tensor.any() for tensor in given.values())
 
 

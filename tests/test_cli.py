@@ -88,17 +88,17 @@ def test_no_command_shows_the_help_and_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["gda"], "No such command 'gda'"),
         (["gad"], "Missing argument"),
         (["gad", "--fast", "recipe.toml"], "No such option: --fast"),
     ],
 )
-def test_a_slip_in_the_command_is_a_users_error(arguments: list[str], told: str) -> None:
+def test_a_slip_in_the_command_is_a_users_error(arguments: list[str], message: str) -> None:
     refused = run_gadfly(*arguments)
     assert refused.returncode == 2
-    assert told in refused.stderr
+    assert message in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
@@ -134,7 +134,7 @@ def test_each_mistake_of_a_recipe_is_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "override", "told"),
+    ("stage", "override", "message"),
     [
         ("gad", "seed=0", "gad needs a discriminator: "),
         ("seqkd", "data.train=none.jsonl", "'none.jsonl': no such file; "),
@@ -142,7 +142,7 @@ def test_each_mistake_of_a_recipe_is_a_line(tmp_path: Path) -> None:
         ("seqkd", "run_folder=recipe.toml/run", "run_folder = "),
     ],
 )
-def test_a_users_error_is_one_line(recipe_file: Path, stage: str, override: str, told: str) -> None:
+def test_a_users_error_is_one_line(recipe_file: Path, stage: str, override: str, message: str) -> None:
     refused = subprocess.run(
         command(stage, recipe_file, override),
         capture_output=True,
@@ -154,7 +154,7 @@ def test_a_users_error_is_one_line(recipe_file: Path, stage: str, override: str,
     )
     assert refused.returncode == 2, refused.stderr
     (line,) = refused.stderr.splitlines()
-    assert told in line
+    assert message in line
     assert refused.stdout == ""
 
 
@@ -166,9 +166,9 @@ def test_weights_that_are_no_numbers_end_the_run(recipe_file: Path, tiny_model: 
     save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
     stopped = run_gadfly("seqkd", recipe_file, f"student.model={spoilt}")
     assert stopped.returncode == 4
-    told = stopped.stderr.splitlines()[-1]
-    assert told.startswith("seqkd step 0: log-probabilities of 4 of 4 samples are not finite")
-    assert "Last good checkpoint: none yet." in told
+    line = stopped.stderr.splitlines()[-1]
+    assert line.startswith("seqkd step 0: log-probabilities of 4 of 4 samples are not finite")
+    assert "Last good checkpoint: none yet." in line
     assert "Traceback" not in stopped.stderr
     assert not list((recipe_file.parent / "runs" / "tiny" / "seqkd").glob("step-*"))
 
@@ -214,8 +214,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
             if rows:
                 wait_for(folder / "metrics.jsonl", process, rows)
             process.send_signal(number)
-            said, told = process.communicate(timeout=60)
+            stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 128 + number
-        assert said == ""
-        assert told.splitlines()[-1] == "stopped; run the same command to go on"
-        assert "Traceback" not in told
+        assert stdout == ""
+        assert stderr.splitlines()[-1] == "stopped; run the same command to go on"
+        assert "Traceback" not in stderr

@@ -279,7 +279,7 @@ def test_one_question_that_fails_first_does_not_stop_the_others(desk: Desk) -> N
 
 
 @pytest.mark.parametrize(
-    ("fault", "teacher", "told"),
+    ("fault", "teacher", "message"),
     [
         (Fault("expired_key"), "", "the key in TEACHER_KEY is wrong or expired: 401: Incorrect API key"),
         (Fault("unknown_model"), "", "no model 'm' there"),
@@ -292,7 +292,7 @@ def test_one_question_that_fails_first_does_not_stop_the_others(desk: Desk) -> N
     ],
 )
 def test_what_no_question_gets_past_is_one_line_and_exit_3(
-    desk: Desk, fault: Fault, teacher: str, told: str
+    desk: Desk, fault: Fault, teacher: str, message: str
 ) -> None:
     with FaultServer(faults=always(fault)) as server:
         desk.write(server.base_url, 30, teacher)
@@ -300,7 +300,7 @@ def test_what_no_question_gets_past_is_one_line_and_exit_3(
         assert server.ledger.seen.total() < 100
     assert said.code == 3
     assert said.error.startswith(f"teacher 'm' at {server.base_url}: ")
-    assert told in said.error
+    assert message in said.error
     assert f"; 0 of 30 answers are kept in {desk.file}. Put it right and run the same command" in said.error
     assert said.out == ""
     assert not desk.rows
@@ -417,8 +417,8 @@ def test_requests_never_exceed_their_budget_and_reach_it(desk: Desk, num_faults:
         said = desk.collect()
         assert server.ledger.seen.total() == 25
         assert said.code == 2
-        told = f"teacher.budget is spent; {25 - num_faults} of 60 answers are kept in {desk.file}. Raise it"
-        assert told in said.error
+        error = f"teacher.budget is spent; {25 - num_faults} of 60 answers are kept in {desk.file}. Raise it"
+        assert error in said.error
         assert len(desk.rows) == 25 - num_faults
         before = sum(row["attempts"] for row in desk.rows)
         desk.write(server.base_url, 60, f"concurrency = 50\nbudget = {{ requests = {before + 10} }}")

@@ -71,8 +71,8 @@ def test_a_live_line_never_wraps() -> None:
 
 
 def test_what_data_says_does_not_steer_the_terminal() -> None:
-    told = in_a_pipe("logger.warning('prompt %s', '\\x1b]0;pwned\\x07\\u202e')")
-    assert told == "prompt «U+001B»]0;pwned«U+0007»«U+202E»\n"
+    line = in_a_pipe("logger.warning('prompt %s', '\\x1b]0;pwned\\x07\\u202e')")
+    assert line == "prompt «U+001B»]0;pwned«U+0007»«U+202E»\n"
 
 
 def test_live_lines_are_thinned_out_in_a_pipe() -> None:

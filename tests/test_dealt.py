@@ -20,13 +20,13 @@ REQUESTS = [Request((5, 6, 7 + number), 3, f"stream {number}") for number in ran
 
 
 def test_progress_is_told_at_every_token_and_changes_no_sample(tiny_model: Path) -> None:
-    model, told = sharp_model(tiny_model), list[str]()
+    model, reports = sharp_model(tiny_model), list[str]()
     silent = LocalSampler(model, NEVER, max_parallel_responses=6)
-    speaking = LocalSampler(model, NEVER, max_parallel_responses=6, progress=told.append)
+    speaking = LocalSampler(model, NEVER, max_parallel_responses=6, progress=reports.append)
     samples = speaking.sample(REQUESTS, temperature=1.0, max_response_tokens=5)
     assert samples == silent.sample(REQUESTS, temperature=1.0, max_response_tokens=5)
     # Four groups of three, two groups at a time.
-    assert told == [f"sampling: token {place} of at most 5" for place in range(1, 6)] * 2
+    assert reports == [f"sampling: token {place} of at most 5" for place in range(1, 6)] * 2
 
 
 def sample_slowly(processes: Processes, folder: Path, timeout_seconds: float) -> list[list[Sample]]:
@@ -71,12 +71,12 @@ def test_a_copy_without_the_students_weights_raises_an_alarm_that_says_all(tiny_
         student.lm_head.weight.mul_(1.5)
     with pytest.raises(AlarmError) as alarm:
         sampler.update(before.items())
-    told = str(alarm.value)
-    assert told.startswith("the inference copy gives the tokens of a fixed text log-probabilities that are ")
+    text = str(alarm.value)
+    assert text.startswith("the inference copy gives the tokens of a fixed text log-probabilities that are ")
     assert (
-        "the student's own weights are right, its last update included, and nothing was sampled since" in told
+        "the student's own weights are right, its last update included, and nothing was sampled since" in text
     )
-    assert 'set engine.precision = "float32", or run on one process' in told
-    assert "vLLM" not in told
-    assert "\n" not in told
+    assert 'set engine.precision = "float32", or run on one process' in text
+    assert "vLLM" not in text
+    assert "\n" not in text
     sampler.update(student.named_parameters())

@@ -30,7 +30,7 @@ def branch(text: str, length: int = 1) -> Branch:
     return Branch((5,) * length, True, text)
 
 
-def told(scores: Sequence[float], *groups: Group) -> Metrics:
+def metrics_of(scores: Sequence[float], *groups: Group) -> Metrics:
     return discriminator_metrics(Scores(torch.tensor(scores)), groups)
 
 
@@ -39,61 +39,61 @@ def with_lengths(teacher: int, *students: int) -> Group:
 
 
 def test_score_rms_is_the_root_of_the_mean_square_of_all_rows() -> None:
-    metrics = told([3.0, -4.0, 0.0, 5.0], with_lengths(1, 1), with_lengths(1, 1))
+    metrics = metrics_of([3.0, -4.0, 0.0, 5.0], with_lengths(1, 1), with_lengths(1, 1))
     assert metrics["detail/score_rms"] == pytest.approx((50 / 4) ** 0.5)
 
 
 def test_a_pair_is_tied_if_its_texts_differ_and_its_scores_do_not() -> None:
     group = Group("p", (1,), (branch("a"),), (branch("b"), branch("b"), branch("c")))
     # Of different texts are a-b, a-b, a-c, b-c and b-c; the first two are tied.
-    assert told([1.0, 1.0, 1.0, 2.0], group)[TIED] == pytest.approx(2 / 5)
-    assert told([1.0, 2.0, 2.0, 3.0], group)[TIED] == 0
+    assert metrics_of([1.0, 1.0, 1.0, 2.0], group)[TIED] == pytest.approx(2 / 5)
+    assert metrics_of([1.0, 2.0, 2.0, 3.0], group)[TIED] == 0
 
 
 def test_scores_of_two_prompts_are_never_tied() -> None:
     groups = [Group(name, (1,), (branch("a"),), (branch("b"),)) for name in "pq"]
-    assert told([1.0, 2.0, 1.0, 2.0], *groups)[TIED] == 0
+    assert metrics_of([1.0, 2.0, 1.0, 2.0], *groups)[TIED] == 0
 
 
 def test_where_all_texts_of_a_prompt_are_one_there_are_no_pairs_to_be_tied() -> None:
     group = Group("p", (1,), (branch("a"),), (branch("a"), branch("a")))
-    assert TIED not in told([1.0, 1.0, 1.0], group)
+    assert TIED not in metrics_of([1.0, 1.0, 1.0], group)
 
 
 def test_half_precision_ties_scores_that_differ() -> None:
     group = Group("p", (1,), (branch("a"),), tuple(branch(str(n)) for n in range(4)))
     exact = torch.tensor([16.6, 16.61, 16.62, 16.63, 16.64])
-    assert told(exact.tolist(), group)[TIED] == 0
-    assert told(exact.bfloat16().tolist(), group)[TIED] == 1
+    assert metrics_of(exact.tolist(), group)[TIED] == 0
+    assert metrics_of(exact.bfloat16().tolist(), group)[TIED] == 1
 
 
 def test_pairs_match_in_length_up_to_a_tenth_of_the_longer() -> None:
     # 9 and 11 tokens match 10; 12 do not, nor do 8. Of the matched one is won, one tied.
-    metrics = told([1.0, 0.0, 1.0, 5.0, 5.0], with_lengths(10, 9, 11, 12, 8))
+    metrics = metrics_of([1.0, 0.0, 1.0, 5.0, 5.0], with_lengths(10, 9, 11, 12, 8))
     assert metrics[MATCHED] == 0.75
     assert metrics["discriminator/accuracy"] == pytest.approx(1.5 / 4)
 
 
 def test_without_a_pair_of_one_length_there_is_no_matched_accuracy() -> None:
-    assert MATCHED not in told([1.0, 0.0], with_lengths(10, 12))
+    assert MATCHED not in metrics_of([1.0, 0.0], with_lengths(10, 12))
 
 
 def test_length_and_score_correlate_within_a_prompt_only() -> None:
     # Lengths 1, 2, 3 and scores 1, 3, 2: covariance 1/2 over variances 1 and 1.
     half = with_lengths(1, 1, 2, 3)
-    assert told([0.0, 1.0, 3.0, 2.0], half)[CORRELATION] == pytest.approx(0.5)
+    assert metrics_of([0.0, 1.0, 3.0, 2.0], half)[CORRELATION] == pytest.approx(0.5)
     # A second prompt far longer and far better, in which the longer is worse: -1.
     against = with_lengths(1, 100, 200, 300)
-    both = told([0.0, 1.0, 3.0, 2.0, 0.0, 90.0, 80.0, 70.0], half, against)
+    both = metrics_of([0.0, 1.0, 3.0, 2.0, 0.0, 90.0, 80.0, 70.0], half, against)
     assert both[CORRELATION] == pytest.approx(-0.25)
 
 
 def test_a_prompt_whose_samples_are_equally_long_or_good_has_no_correlation() -> None:
     half, one_length = with_lengths(1, 1, 2, 3), with_lengths(1, 7, 7, 7)
-    left = told([0.0, 1.0, 3.0, 2.0, 0.0, 1.0, 2.0, 3.0], half, one_length)
+    left = metrics_of([0.0, 1.0, 3.0, 2.0, 0.0, 1.0, 2.0, 3.0], half, one_length)
     assert left[CORRELATION] == pytest.approx(0.5)
-    assert CORRELATION not in told([0.0, 4.0, 4.0, 4.0], half)
-    assert CORRELATION not in told([0.0, 4.0], with_lengths(1, 3))
+    assert CORRELATION not in metrics_of([0.0, 4.0, 4.0, 4.0], half)
+    assert CORRELATION not in metrics_of([0.0, 4.0], with_lengths(1, 3))
 
 
 @settings(deadline=None, max_examples=60)
@@ -122,7 +122,7 @@ def test_they_are_what_a_slow_loop_counts(drawn: list[list[tuple[int, int, str]]
         scores, lengths = [row[0] for row in rows[1:]], [row[1] for row in rows[1:]]
         if len(set(scores)) > 1 and len(set(lengths)) > 1:
             correlations.append(correlation(lengths, scores))
-    found = told([float(row[0]) for rows in drawn for row in rows], *groups)
+    found = metrics_of([float(row[0]) for rows in drawn for row in rows], *groups)
     for name, values in ((TIED, tied), (MATCHED, matched), (CORRELATION, correlations)):
         if values:
             assert found[name] == pytest.approx(sum(values) / len(values), abs=1e-9)

@@ -242,12 +242,12 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "told"), DAMAGES)
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
 def test_another_head_other_weights_and_another_tokenizer_are_refused_at_load(
-    damage: Callable[[Path], None], told: str, saved: Path
+    damage: Callable[[Path], None], message: str, saved: Path
 ) -> None:
     damage(saved)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         load_discriminator(saved)
 
 
@@ -280,11 +280,11 @@ def test_a_stage_opens_what_was_saved_and_refuses_anything_else(
 ) -> None:
     # Both probe texts are of one pass.
     assert open_role(Processes(), recipe_file, saved, tiny_model) == ("", 1)
-    for damage, told in DAMAGES:
+    for damage, message in DAMAGES:
         altered = shutil.copytree(saved, tmp_path / damage.__name__)
         damage(altered)
         refusal, _ = open_role(Processes(), recipe_file, altered, tiny_model)
-        assert re.search(told, refusal)
+        assert re.search(message, refusal)
         with pytest.raises(CheckpointError, match=re.escape(refusal)):
             load_discriminator(altered)
 

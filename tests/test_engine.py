@@ -24,7 +24,7 @@ from gadfly.objectives import discriminator_objective, grpo_objective, sft_objec
 from gadfly.packing import MicroBatch
 
 GROUPS = random_groups(0, 6)
-TOLD = random_groups(1, 5, teachers=2, students=3)
+SCORED_GROUPS = random_groups(1, 5, teachers=2, students=3)
 POLICY = [group.only_students() for group in GROUPS]
 SFT = [group.only_teachers() for group in GROUPS]
 
@@ -102,11 +102,11 @@ def test_student_gradients_over_micro_batches_equal_those_of_one_big_batch(
 def test_discriminator_gradients_over_micro_batches_equal_those_of_one_big_batch(
     budget: int, kind: str, discriminator: Discriminator
 ) -> None:
-    objective = discriminator_objective(TOLD, kind)
+    objective = discriminator_objective(SCORED_GROUPS, kind)
     big = discriminator_engine(copy.deepcopy(discriminator), 10**6)
-    _, loss = big.forward_backward(TOLD, objective)
+    _, loss = big.forward_backward(SCORED_GROUPS, objective)
     small = discriminator_engine(copy.deepcopy(discriminator), budget)
-    _, sum_of_shares = small.forward_backward(TOLD, objective)
+    _, sum_of_shares = small.forward_backward(SCORED_GROUPS, objective)
     assert sum_of_shares == pytest.approx(loss, abs=1e-12)
     assert same(gradients(small), gradients(big), atol=1e-10)
 

@@ -78,9 +78,9 @@ keep_last = 9
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """Sixty prompts whose answers end in a full stop, more than half of them held out."""
     folder = tmp_path_factory.mktemp("held-out")
-    told = [{"id": f"q{n}", "prompt": f"say {n}", "response": f"{n} is ok."} for n in range(60)]
+    records = [{"id": f"q{n}", "prompt": f"say {n}", "response": f"{n} is ok."} for n in range(60)]
     data = folder / "many.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in told), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in records), encoding="utf-8")
     path = folder / "recipe.toml"
     path.write_text(RECIPE.format(data=data, model=tiny_model, prompts=PROMPTS), encoding="utf-8")
     return path
@@ -215,8 +215,8 @@ def test_prompts_that_differ_in_nothing_are_too_few_to_be_told_apart() -> None:
 def test_equal_answers_cannot_be_told_apart() -> None:
     texts = [f"{n} it is" for n in range(40)]
     answers = [Branch((5,), True, text) for text in texts]
-    told = answer_metrics([f"prompt {n}" for n in range(40)], [[text] for text in texts], answers)
-    assert told["evaluation/tell_accuracy"] == 0.5
+    metrics = answer_metrics([f"prompt {n}" for n in range(40)], [[text] for text in texts], answers)
+    assert metrics["evaluation/tell_accuracy"] == 0.5
 
 
 def perturbed(*places: Sequence[int]) -> Group:

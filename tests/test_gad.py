@@ -202,8 +202,8 @@ def test_gad_with_every_option_is_what_the_options_say(recipe_file: Path, two_te
         shares = [value for name, value in row.items() if name.startswith("detail/reward_share/")]
         assert len(shares) == 2
         assert sum(shares) == pytest.approx(1)
-        told = [row["detail/accuracy/one"], row["detail/accuracy/two"]]
-        assert row["discriminator/accuracy"] == pytest.approx(sum(told) / 2)
+        accuracies = [row["detail/accuracy/one"], row["detail/accuracy/two"]]
+        assert row["discriminator/accuracy"] == pytest.approx(sum(accuracies) / 2)
 
 
 def test_a_discriminator_that_moves_at_every_second_step_is_the_reward_at_all(recipe_file: Path) -> None:
@@ -295,8 +295,10 @@ def assert_gad_is_the_twins(recipe_file: Path, options: list[str]) -> list[dict[
     assert_same_weights(head, end / "discriminator" / "score_head.safetensors")
     steps = [row for row in logged if "student/loss" in row]
     assert [row["detail/learning_rate"] for row in steps] == pytest.approx(rates)
-    told = [row["detail/discriminator_learning_rate"] for row in steps if "discriminator/loss" in row]
-    assert set(told) == {discriminator_rate}
+    discriminator_rates = [
+        row["detail/discriminator_learning_rate"] for row in steps if "discriminator/loss" in row
+    ]
+    assert set(discriminator_rates) == {discriminator_rate}
     return steps
 
 

@@ -177,21 +177,21 @@ def test_an_end_of_turn_that_only_the_generation_config_names_is_split_too() -> 
 def as_text(renderer: Renderer, contents: list[str]) -> None:
     """Assert that a conversation has the controls of a harmless one, and says what it says."""
     roles = ("user", "assistant", "user")[: len(contents)]
-    told = renderer.prompt_tokens([Message(r, c) for r, c in zip(roles, contents, strict=True)])
+    prompt_ids = renderer.prompt_tokens([Message(r, c) for r, c in zip(roles, contents, strict=True)])
     harmless = renderer.prompt_tokens([Message(role, "x") for role in roles])
     controls = controls_of(renderer)
-    assert [t for t in told if t in controls] == [t for t in harmless if t in controls]
-    if renderer.tokenizer.unk_token_id not in told:
+    assert [t for t in prompt_ids if t in controls] == [t for t in harmless if t in controls]
+    if renderer.tokenizer.unk_token_id not in prompt_ids:
         turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
         text = renderer.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         plain = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
         # Some tokenizers put a space after a control.
-        said, expected = (renderer.tokenizer.decode(ids).replace(" ", "") for ids in (told, plain))
+        said, expected = (renderer.tokenizer.decode(ids).replace(" ", "") for ids in (prompt_ids, plain))
         assert said == expected
 
 
 @settings(deadline=None, max_examples=40)
-@given(contents=pieces.map("".join).flatmap(lambda told: st.lists(st.just(told), min_size=3, max_size=3)))
+@given(contents=pieces.map("".join).flatmap(lambda text: st.lists(st.just(text), min_size=3, max_size=3)))
 def test_no_turn_of_a_prompt_has_a_token_of_control(renderer: Renderer, contents: list[str]) -> None:
     as_text(renderer, contents)
 
@@ -222,8 +222,8 @@ def test_controls_that_swallow_white_space_do_so_beside_contents_that_spell_them
     user, end, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>", "<|assistant|>"])
     line_end, word = renderer.response_tokens("\n", False), renderer.response_tokens("a<|user|>\nb", False)
     assert user not in word
-    told = renderer.prompt_tokens([Message("user", "a<|user|>\nb")])
-    assert told == [user, *word, end, *line_end, assistant]
+    prompt_ids = renderer.prompt_tokens([Message("user", "a<|user|>\nb")])
+    assert prompt_ids == [user, *word, end, *line_end, assistant]
 
 
 def test_a_very_long_answer_full_of_control_strings_is_text_too(tiny_model: Path) -> None:

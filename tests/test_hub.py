@@ -83,9 +83,9 @@ def hub(tiny_model: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", [pytest.param("nomodel", marks=pytest.mark.slow), "models/x"])
 def test_without_a_network_a_mistyped_folder_is_told_in_one_line(name: str, tmp_path: Path) -> None:
-    told = opened(name, tmp_path, HF_ENDPOINT=NOWHERE)
-    assert len(told) == 2
-    for line in told:
+    lines = opened(name, tmp_path, HF_ENDPOINT=NOWHERE)
+    assert len(lines) == 2
+    for line in lines:
         assert f"model '{name}'" in line
         assert "there is no such folder (a relative path counts from the recipe's folder" in line
         assert "the Hugging Face Hub cannot be asked" in line

@@ -167,7 +167,7 @@ def test_interleaved_roles_are_three_models_with_the_adapters_merged_into_them(
     student_pairs = merged(models[0], student)
     merged(models[1], reference)
     discriminator_pairs = merged(whole_discriminator.backbone, discriminator.backbone)
-    told = only_batch(GROUPS, shares_prompts=shares_prompts)
+    batch = only_batch(GROUPS, shares_prompts=shares_prompts)
     policy = only_batch(STUDENT_GROUPS, shares_prompts=shares_prompts)
 
     def logprobs(model: PreTrainedModel) -> Tensor:
@@ -184,17 +184,17 @@ def test_interleaved_roles_are_three_models_with_the_adapters_merged_into_them(
 
     # Forwards of all three, samples in between, then the backwards in another order.
     ours = logprobs(student)
-    scores = discriminator(told)
+    scores = discriminator(batch)
     with torch.no_grad():
         anchors = logprobs(reference)
     samples = sample(student)
     scores.square().sum().backward()
-    discriminator(told).sum().backward()
+    discriminator(batch).sum().backward()
     (ours.exp() * (ours - anchors)).sum().backward()
     theirs, their_anchors = logprobs(models[0]), logprobs(models[1]).detach()
-    their_scores = whole_discriminator(told)
+    their_scores = whole_discriminator(batch)
     (theirs.exp() * (theirs - their_anchors)).sum().backward()
-    (their_scores.square().sum() + whole_discriminator(told).sum()).backward()
+    (their_scores.square().sum() + whole_discriminator(batch).sum()).backward()
 
     for mine, wanted in ((ours, theirs), (anchors, their_anchors), (scores, their_scores)):
         torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-10)
@@ -279,11 +279,11 @@ def test_a_saved_discriminator_opens_as_an_adapter_and_merged(
 ) -> None:
     model = Discriminator(shaken(base.decoder(str(tiny_model)), 1), seed=0).eval()
     save_discriminator(model, base.renderer, tmp_path, [teacher_group(ROW, base.renderer, 20)])
-    told = only_batch(GROUPS)
+    batch = only_batch(GROUPS)
     again, _ = load_discriminator(tmp_path, "float64", base)
-    assert torch.equal(again(told), model(told))
+    assert torch.equal(again(batch), model(batch))
     whole, _ = load_discriminator(tmp_path, "float64")
-    torch.testing.assert_close(whole(told), model(told))
+    torch.testing.assert_close(whole(batch), model(batch))
     assert not [name for name in whole.state_dict() if "lora" in name]
     adapter = tmp_path / "adapter_model.safetensors"
     original = shared_base(tiny_model).decoder(str(tiny_model))
@@ -333,8 +333,8 @@ def test_what_is_no_adapter_of_the_model_is_refused_in_one_line(
             lambda: SharedBase(role, base.renderer, str(tmp_path / "adapter"), rank=1, alpha=1, seed=0),
         ),
     ]
-    for told, refused in refusals:
-        with pytest.raises(UserError, match=told) as caught:
+    for message, refused in refusals:
+        with pytest.raises(UserError, match=message) as caught:
             refused()
         assert "\n" not in str(caught.value)
 
@@ -413,9 +413,9 @@ def test_the_discriminator_starts_from_the_adapter_that_learned_the_teachers_lan
     with open_run(load_recipe(recipe_file, [*LORA, *settings])) as run:
         warmup(run)
         learned, student = adapters(run, "discriminator-lm", "student"), adapters(run, "warmup", "student")
-        told = adapters(run, "warmup", "discriminator")
-    assert len(told) == len(learned)
-    for name, value in told.items():
+        discriminator = adapters(run, "warmup", "discriminator")
+    assert len(discriminator) == len(learned)
+    for name, value in discriminator.items():
         torch.testing.assert_close(
             value, learned[name.replace("base_model.model.", "base_model.model.model.")], rtol=0, atol=1e-12
         )
@@ -519,10 +519,12 @@ def test_both_roles_learn_in_warmup_what_carries_over_to_held_out_prompts(
         after = held_out_loss(run, run.folder.stage("warmup") / "latest" / "student", renderer)
         generate(run)
         answers = run.folder.rows("generations/same.jsonl")
-        told = [row["probe/accuracy"] for row in run.folder.rows("metrics.jsonl") if "probe/accuracy" in row]
+        accuracies = [
+            row["probe/accuracy"] for row in run.folder.rows("metrics.jsonl") if "probe/accuracy" in row
+        ]
     assert after < 0.6 * before
     # The first is that of a new head.
-    assert told[-1] > 0.8
+    assert accuracies[-1] > 0.8
     finished = {
         model: sum(row["finished"] for row in answers if row["model"] == model)
         for model in ("base", "warmup")

@@ -214,9 +214,9 @@ def test_a_step_computes_and_moves_what_was_counted_by_hand() -> None:
         sampler="servers",
     )
     cost = step_cost(work)
-    told, own = 4 * (3 + 3 * 2), 4 * (3 + 2 * 2)
-    assert (cost.trained_tokens, cost.read_tokens, cost.sampled_tokens) == (told + own, own, 16)
-    assert cost.operations == (6 * (told * 1080 + own * 1160) + 2 * own * 1160) / 2
+    scored, own = 4 * (3 + 3 * 2), 4 * (3 + 2 * 2)
+    assert (cost.trained_tokens, cost.read_tokens, cost.sampled_tokens) == (scored + own, own, 16)
+    assert cost.operations == (6 * (scored * 1080 + own * 1160) + 2 * own * 1160) / 2
     # One pass each: layers twice, the rest once, and gradients; the reference once; the hand-over.
     gathered = 2 * 992 + 168
     moved = 4 * (2 * gathered + 2 * 1160 + 1160 + 1160) / 2
@@ -269,10 +269,10 @@ def test_host_memory_is_told_where_checkpoints_are_written_in_the_background(tmp
     assert "host memory" not in plan(load_recipe(path), 8, "800GB")
     recipe = load_recipe(path, ["checkpoints.in_background=true"])
     # 7.6 and, without the map to logits, 7.1 billion weights in single precision, and two moments of each.
-    told = "host memory for background checkpoints: 176 GB in the first process"
-    assert told in plan(recipe, 1, "800GB").splitlines()
-    told = "host memory for background checkpoints: 73.4 GB in the first process, 14.7 GB in each other"
-    assert told in plan(recipe, 8, "800GB").splitlines()
+    line = "host memory for background checkpoints: 176 GB in the first process"
+    assert line in plan(recipe, 1, "800GB").splitlines()
+    line = "host memory for background checkpoints: 73.4 GB in the first process, 14.7 GB in each other"
+    assert line in plan(recipe, 8, "800GB").splitlines()
 
 
 @pytest.mark.slow

@@ -222,10 +222,10 @@ def test_a_teachers_name_neither_steers_the_terminal_nor_fills_it(tmp_path: Path
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(DataError) as refused:
         of_teachers("train", load_rows(str(tmp_path / "rows.jsonl"), needs_response=True), ["z"])
-    told = str(refused.value)
-    assert told.isprintable()
-    assert len(told) < 500
-    assert told.endswith(" and 41 more")
+    message = str(refused.value)
+    assert message.isprintable()
+    assert len(message) < 500
+    assert message.endswith(" and 41 more")
 
 
 # Code of the recipe
@@ -243,27 +243,27 @@ def with_reward(recipe_file: Path) -> Path:
     return recipe_file
 
 
-def said(*arguments: object) -> tuple[int, str]:
+def run_gadfly(*arguments: object) -> tuple[int, str]:
     command = [sys.executable, "-m", "gadfly", *map(str, arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200, env=dict(os.environ))
     return ended.returncode, ended.stderr
 
 
 def test_a_recipe_from_a_stranger_runs_no_code_and_trains_nothing(with_reward: Path) -> None:
-    code, told = said("run", with_reward)
+    code, stderr = run_gadfly("run", with_reward)
     assert code == 2
-    assert told.splitlines()[-1].endswith("read it, and if you trust it, give --allow-code")
-    assert "Traceback" not in told
+    assert stderr.splitlines()[-1].endswith("read it, and if you trust it, give --allow-code")
+    assert "Traceback" not in stderr
     assert not with_reward.with_name("mark").exists()
     assert not (with_reward.parent / "runs").exists()
 
 
 def test_with_leave_the_code_is_run_by_gad_and_by_no_other_stage(with_reward: Path) -> None:
-    assert said("warmup", with_reward)[0] == 0
+    assert run_gadfly("warmup", with_reward)[0] == 0
     assert not with_reward.with_name("mark").exists()
-    assert said("gad", with_reward)[0] == 2
+    assert run_gadfly("gad", with_reward)[0] == 2
     assert not with_reward.with_name("mark").exists()
-    assert said("gad", with_reward, "--allow-code")[0] == 0
+    assert run_gadfly("gad", with_reward, "--allow-code")[0] == 0
     assert with_reward.with_name("mark").exists()
     steps = rows(with_reward.parent / "runs" / "tiny", "metrics.jsonl")
     assert any("detail/reward_share/short" in row for row in steps)

@@ -130,8 +130,8 @@ def test_replay_keeps_what_a_discriminator_had_learnt_when_its_student_moves_on(
         for step in range(1, 61):
             trainer(step, [first if step <= 30 else second], rests=False).step(5e-4)
             if step > 30 and step % 5 == 0:
-                told = discriminator_metrics(engine.forward([first]), [first])
-                gaps.append(told["discriminator/score_gap"])
+                metrics = discriminator_metrics(engine.forward([first]), [first])
+                gaps.append(metrics["discriminator/score_gap"])
         return sum(gaps) / len(gaps)
 
     forgetful, reminded = (

@@ -63,7 +63,7 @@ try:
     with open_ranks(end) as ranks:
         work(ranks)
 except GadflyError as error:
-    if not error.is_told:
+    if not error.is_shown_elsewhere:
         print(error)
 """
     (folder / "program.py").write_text(program, encoding="utf-8")
@@ -92,7 +92,7 @@ def assert_same_run(one: Path, many: Path, *, weights: str = "model.safetensors"
             key: pytest.approx(value, rel=1e-9, abs=1e-9) if isinstance(value, float) else value
             for key, value in wanted.items()
         }
-    assert told(one) == told(many)
+    assert samples_and_answers(one) == samples_and_answers(many)
     for name in ("seqkd/latest/student", "gad/latest/student", "gad/latest/discriminator"):
         mine, theirs = load_file(one / name / weights), load_file(many / name / weights)
         assert mine.keys() == theirs.keys()
@@ -100,7 +100,7 @@ def assert_same_run(one: Path, many: Path, *, weights: str = "model.safetensors"
             torch.testing.assert_close(theirs[key], mine[key], rtol=0, atol=1e-12)
 
 
-def told(folder: Path) -> list[Any]:
+def samples_and_answers(folder: Path) -> list[Any]:
     samples = [
         [sample["text"] for sample in row.get("samples", [])] or row.get("response")
         for row in rows(folder, "samples.jsonl")
@@ -295,7 +295,7 @@ def test_the_teacher_is_asked_once_however_many_processes_there_are(
 
 
 def test_a_rank_that_makes_progress_is_not_stuck() -> None:
-    store, told = HashStore(), []
+    store, messages = HashStore(), []
     statuses = [Status("gad step 7"), Status("gad step 7")]
     for status in statuses:
         status.note("sampling")
@@ -303,15 +303,15 @@ def test_a_rank_that_makes_progress_is_not_stuck() -> None:
     beats = [Heartbeats(store, rank, 2, status) for rank, status in enumerate(statuses)]
     for one in beats:
         one.timeout_seconds = 2.0
-        one.start(told.append)
+        one.start(messages.append)
     for token in range(25):
         statuses[1].progress(f"token {token} of 30")
         time.sleep(0.2)
-    assert told == []
+    assert messages == []
     time.sleep(2 + 2)
     for one in reversed(beats):
         one.stop()
-    assert told == [
+    assert messages == [
         "gad step 7: rank 1 is stuck (for 2 s, in gad step 7, at token 24 of 30); rank 0 waited for the "
         "others' samples. Run the same command to go on from the last checkpoint."
     ]
@@ -468,5 +468,5 @@ def test_a_rank_that_cannot_load_is_named_once(tmp_path: Path) -> None:
             load_tensors({"a": torch.zeros(2)}, Path("tensors"), group=ranks.group)
         """,
     )
-    told = "tensors: cannot be read: rank 1: [Errno 5] Input/output error; restore it from an intact copy"
-    assert lines == [told]
+    line = "tensors: cannot be read: rank 1: [Errno 5] Input/output error; restore it from an intact copy"
+    assert lines == [line]

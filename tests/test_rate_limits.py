@@ -20,7 +20,7 @@ def seconds_for(limits: RateLimits, count: int, tokens: float = 1.0) -> float:
     return time.monotonic() - began
 
 
-def told(limit: object, left: object, reset: object, kind: str = "requests") -> dict[str, str]:
+def rate_headers(limit: object, left: object, reset: object, kind: str = "requests") -> dict[str, str]:
     parts = {"limit": limit, "remaining": left, "reset": reset}
     return {f"x-ratelimit-{part}-{kind}": str(value) for part, value in parts.items()}
 
@@ -52,7 +52,7 @@ def test_a_pause_holds_everything_and_the_longest_counts() -> None:
 
 def test_what_the_server_says_is_left_goes_at_once_and_the_rest_at_its_rate() -> None:
     limits = RateLimits(None, None)
-    limits.heed(told(600, 5, "59.5s"), Places(0.0, 0.0))
+    limits.heed(rate_headers(600, 5, "59.5s"), Places(0.0, 0.0))
     assert seconds_for(limits, 5) < 0.3
     assert 0.25 < seconds_for(limits, 3) < 1.0
 
@@ -60,19 +60,19 @@ def test_what_the_server_says_is_left_goes_at_once_and_the_rest_at_its_rate() ->
 def test_a_window_that_has_just_begun_does_not_hold_up_what_is_left_of_it() -> None:
     limits = RateLimits(None, None)
     # One of sixty is used, and the next minute begins in 59 s.
-    limits.heed(told(60, 59, 59), Places(1.0, 1.0))
+    limits.heed(rate_headers(60, 59, 59), Places(1.0, 1.0))
     assert seconds_for(limits, 59) < 0.5
 
 
 def test_a_newer_answer_opens_the_queue_for_those_who_wait() -> None:
     limits = RateLimits(None, None)
-    limits.heed(told(60, 0, 60), Places(0.0, 0.0))
+    limits.heed(rate_headers(60, 0, 60), Places(0.0, 0.0))
 
     async def go() -> float:
         began = time.monotonic()
         waiting = [asyncio.create_task(limits.turn(1.0)) for _ in range(30)]
         await asyncio.sleep(0.1)
-        limits.heed(told(60, 50, 10), Places(0.0, 0.0))
+        limits.heed(rate_headers(60, 50, 10), Places(0.0, 0.0))
         await asyncio.gather(*waiting)
         return time.monotonic() - began
 
@@ -82,11 +82,11 @@ def test_a_newer_answer_opens_the_queue_for_those_who_wait() -> None:
 @pytest.mark.parametrize(
     "headers",
     [
-        told("many", "some", "soon"),
-        told(60, 60, 0),
-        told(60, 0, 1_900_000_000),
-        told(60, -3, 60),
-        told(60, 0, "nan"),
+        rate_headers("many", "some", "soon"),
+        rate_headers(60, 60, 0),
+        rate_headers(60, 0, 1_900_000_000),
+        rate_headers(60, -3, 60),
+        rate_headers(60, 0, "nan"),
         {"x-ratelimit-limit-requests": "60"},
     ],
 )
@@ -98,7 +98,7 @@ def test_headers_that_say_nothing_hold_nothing_up(headers: dict[str, str]) -> No
 
 def test_tokens_of_the_server_are_kept_to() -> None:
     limits = RateLimits(None, None)
-    limits.heed(told(60_000, 100, "59.9s", "tokens"), Places(0.0, 0.0))
+    limits.heed(rate_headers(60_000, 100, "59.9s", "tokens"), Places(0.0, 0.0))
     assert 0.3 < seconds_for(limits, 5, tokens=100.0) < 1.5
 
 

@@ -74,7 +74,7 @@ keep_last = 1.5
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         (
             "[student]\ntemperature = 1",
@@ -99,14 +99,16 @@ keep_last = 1.5
         ("[gad]\nGroup_Size = 4", "gad.Group_Size: unknown key; did you mean 'group_size'?"),
     ],
 )
-def test_an_unknown_key_is_told_where_it_belongs(write: Callable[[str], Path], line: str, told: str) -> None:
+def test_an_unknown_key_is_told_where_it_belongs(
+    write: Callable[[str], Path], line: str, message: str
+) -> None:
     student = "" if "[student]" in line else "[student]\n"
     recipe = write(f'name = "pirate"\n{line}\n{student}model = "some/model"\n')
-    assert mistakes(recipe) == [f"pirate.toml: {told}"]
+    assert mistakes(recipe) == [f"pirate.toml: {message}"]
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("[data]\ntrain = 5", "data.train = 5: input should be a valid string or a valid list"),
         ('[data]\ntrain = ["a.jsonl", 5]', "data.train.1 = 5: input should be a valid string"),
@@ -132,8 +134,8 @@ def test_an_unknown_key_is_told_where_it_belongs(write: Callable[[str], Path], l
         ),
     ],
 )
-def test_a_wrong_value_is_one_line(write: Callable[[str], Path], line: str, told: str) -> None:
-    assert mistakes(write(LEAST + line)) == [f"pirate.toml: {told}"]
+def test_a_wrong_value_is_one_line(write: Callable[[str], Path], line: str, message: str) -> None:
+    assert mistakes(write(LEAST + line)) == [f"pirate.toml: {message}"]
 
 
 def is_a_number(field: FieldInfo) -> bool:
@@ -150,8 +152,8 @@ def test_no_number_may_be_a_truth_value_or_text(write: Callable[[str], Path], va
     assert {"seed", "gad.group_size", "discriminator.adam_betas", "data.teachers"} < set(NUMBERS)
     # There, text is a path.
     numbers = [key for key in NUMBERS if not (key == "gad.start_from" and value == '"4"')]
-    told = mistakes(write(LEAST), *(f"{key}={value}" for key in numbers))
-    missing = [key for key in numbers if not any(f"command line: {key}" in line for line in told)]
+    messages = mistakes(write(LEAST), *(f"{key}={value}" for key in numbers))
+    missing = [key for key in numbers if not any(f"command line: {key}" in line for line in messages)]
     assert missing == []
 
 
@@ -222,10 +224,10 @@ def test_what_is_no_assignment_is_refused(write: Callable[[str], Path], override
 def test_a_list_without_quotes_is_refused_with_the_right_way_to_write_it(
     write: Callable[[str], Path],
 ) -> None:
-    told = mistakes(write(LEAST), "generate.checkpoints=[base, gad]")
-    assert len(told) == 1
-    assert told[0].startswith("'generate.checkpoints=[base, gad]': not valid TOML: ")
-    assert told[0].endswith("""quotes of the shell: 'generate.checkpoints=["base"]'""")
+    messages = mistakes(write(LEAST), "generate.checkpoints=[base, gad]")
+    assert len(messages) == 1
+    assert messages[0].startswith("'generate.checkpoints=[base, gad]': not valid TOML: ")
+    assert messages[0].endswith("""quotes of the shell: 'generate.checkpoints=["base"]'""")
 
 
 def test_a_number_where_text_is_wanted_is_told_how_to_be_text(write: Callable[[str], Path]) -> None:
@@ -351,13 +353,13 @@ def test_true_is_no_number(write: Callable[[str], Path]) -> None:
 
 def test_a_key_in_the_place_of_its_name_is_refused_and_not_repeated(write: Callable[[str], Path]) -> None:
     recipe = write('name = "a"\n[student]\nmodel = "m"\n[teacher]\napi_key_env = "sk-abc123"\n')
-    (told,) = mistakes(recipe)
-    assert told.startswith("pirate.toml: teacher.api_key_env: give the NAME of an environment variable")
-    assert "sk-abc123" not in told
+    (message,) = mistakes(recipe)
+    assert message.startswith("pirate.toml: teacher.api_key_env: give the NAME of an environment variable")
+    assert "sk-abc123" not in message
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         (
             'base_url = "http://host/v1?key=secret"',
@@ -371,17 +373,17 @@ def test_a_key_in_the_place_of_its_name_is_refused_and_not_repeated(write: Calla
     ],
 )
 def test_what_would_change_the_request_behind_the_settings_is_refused(
-    write: Callable[[str], Path], line: str, told: str
+    write: Callable[[str], Path], line: str, message: str
 ) -> None:
     recipe = write(f'name = "a"\n[student]\nmodel = "m"\n[teacher]\n{line}\n')
-    assert mistakes(recipe) == [f"pirate.toml: {told}"]
+    assert mistakes(recipe) == [f"pirate.toml: {message}"]
 
 
 def test_an_address_with_a_password_is_refused_and_not_repeated(write: Callable[[str], Path]) -> None:
     recipe = write('name = "a"\n[student]\nmodel = "m"\n[judge]\nbase_url = "http://me:secret@host/v1"\n')
-    (told,) = mistakes(recipe)
-    assert told.startswith("pirate.toml: judge.base_url: must hold no user name or password")
-    assert "secret" not in told
+    (message,) = mistakes(recipe)
+    assert message.startswith("pirate.toml: judge.base_url: must hold no user name or password")
+    assert "secret" not in message
 
 
 def test_every_setting_is_documented() -> None:

@@ -160,8 +160,8 @@ def test_judged_columns_are_explained_and_have_their_own_n(tmp_path: Path) -> No
 def test_how_well_answers_are_told_apart_is_a_sentence(
     tmp_path: Path, figures: dict[str, float], sentence: str
 ) -> None:
-    told = {model: {"ships": {"tell_accuracy": figure(value, 100)}} for model, value in figures.items()}
-    assert sentence in run_with(tmp_path, {"evaluation": told}).page().replace("&#39;", "'")
+    by_model = {model: {"ships": {"tell_accuracy": figure(value, 100)}} for model, value in figures.items()}
+    assert sentence in run_with(tmp_path, {"evaluation": by_model}).page().replace("&#39;", "'")
 
 
 @pytest.mark.parametrize(

@@ -86,25 +86,25 @@ def start(stage: str, recipe: Path, run: Path, *overrides: str) -> subprocess.Po
 def finish(stage: str, recipe: Path, run: Path, *overrides: str) -> str:
     """Run to the end; what was said."""
     process = start(stage, recipe, run, *overrides)
-    _, told = process.communicate(timeout=200)
-    assert process.returncode == 0, told
-    return told
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    return stderr
 
 
 def refuse(stage: str, recipe: Path, run: Path, *overrides: str) -> str:
     """The line that a command is refused with."""
     process = start(stage, recipe, run, *overrides)
-    _, told = process.communicate(timeout=200)
-    assert process.returncode == 2, told
-    return told.splitlines()[-1]
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 2, stderr
+    return stderr.splitlines()[-1]
 
 
 def kill_when(moment: Callable[[], bool], process: subprocess.Popen[str], delay: float = 0.0) -> bool:
     """Kill a process at a moment; false if it ended before."""
     while not moment():
         if process.poll() is not None:
-            _, told = process.communicate()
-            assert process.returncode == 0, told
+            _, stderr = process.communicate()
+            assert process.returncode == 0, stderr
             return False
         time.sleep(0.0005)
     time.sleep(delay)
@@ -216,16 +216,16 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(
 
 def test_a_finished_run_says_so_and_changes_nothing(recipe: Path, undisturbed: Path, copied: Path) -> None:
     before = contents(copied)
-    told = finish("run", recipe, copied)
+    output = finish("run", recipe, copied)
     for stage in STAGES:
-        assert f"{stage}: done already, " in told
+        assert f"{stage}: done already, " in output
     assert contents(copied) == before
 
 
 def test_changed_settings_of_a_finished_stage_are_named(recipe: Path, copied: Path) -> None:
     before = contents(copied)
-    told = refuse("gad", recipe, copied, "gad.group_size=2", "student.weight_decay=0.5")
-    assert told == (
+    line = refuse("gad", recipe, copied, "gad.group_size=2", "student.weight_decay=0.5")
+    assert line == (
         f"{copied / 'gad'}: finished with other settings: "
         f"gad.group_size = 4, now 2; student.weight_decay = 0.01, now 0.5. "
         f"Put them back, choose another name, or delete that folder to do the stage again."
@@ -243,8 +243,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(
     weights = latest / "student" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     before = contents(copied)
-    told = refuse("gad", recipe, copied)
-    assert told.startswith(f"{weights}: altered since it was saved; restore it, or delete {latest} to go on")
+    line = refuse("gad", recipe, copied)
+    assert line.startswith(f"{weights}: altered since it was saved; restore it, or delete {latest} to go on")
     assert contents(copied) == before
     shutil.rmtree(latest)
     assert "gad: going on after step " in finish("gad", recipe, copied)
@@ -273,8 +273,8 @@ def test_gad_goes_back_to_a_step_of_its_own(recipe: Path, undisturbed: Path, cop
     unknown = refuse("gad", recipe, copied, "gad.start_from=5")
     assert unknown.startswith("gad.start_from = 5: no such checkpoint in ")
     assert outcome(copied) == outcome(undisturbed), "a refusal deletes nothing"
-    told = finish("gad", recipe, copied, f"gad.start_from={step}")
-    assert f"gad: going on after step {step} of 8" in told
+    output = finish("gad", recipe, copied, f"gad.start_from={step}")
+    assert f"gad: going on after step {step} of 8" in output
     assert outcome(copied) == outcome(undisturbed)
 
 

@@ -73,7 +73,7 @@ def kept(run: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {str(file.relative_to(run)): load_file(file) for file in files}
 
 
-def told(run: Path) -> dict[str, Any]:
+def outcome(run: Path) -> dict[str, Any]:
     """What must not depend on how often a run was stopped."""
     folder = RunFolder(run)
     return {
@@ -104,7 +104,7 @@ def test_gad_goes_back_to_the_newest_checkpoint_before_the_fault_and_a_kill_on_t
     recipe_file: Path, ground: Path
 ) -> None:
     undisturbed = run_gad(recipe_file, ground / "undisturbed")
-    found = told(undisturbed)
+    found = outcome(undisturbed)
     (remedy,) = found["remedies"]
     assert (remedy["name"], remedy["stage"], remedy["is_done"]) == ("drift", "gad", True)
     # Half a window, and the drift was not there from the start.
@@ -129,7 +129,7 @@ def test_gad_goes_back_to_the_newest_checkpoint_before_the_fault_and_a_kill_on_t
     environment = {**os.environ, "PYTHONPATH": str(SOURCES)}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
-    left = told(killed / "run")
+    left = outcome(killed / "run")
     assert not left["remedies"][0]["is_done"]
     assert remedy["back_to"] < max(left["kept"]) < remedy["step"] - 1, "it was amid the way back"
     (alarm,) = [row for row in left["alarms"] if row["name"] == "drift"]
@@ -140,7 +140,7 @@ def test_gad_goes_back_to_the_newest_checkpoint_before_the_fault_and_a_kill_on_t
     }
 
     run_gad(recipe_file, killed)
-    assert told(killed / "run") == found
+    assert outcome(killed / "run") == found
     again = kept(killed / "run")
     assert again.keys() == mended.keys()
     assert all(same(again[name], tensors) for name, tensors in mended.items())

@@ -87,8 +87,8 @@ def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path: Path) -> None:
     path = tmp_path / "file" / "run"
     with pytest.raises(RunFolderError) as refusal, RunFolder(path).lock():
         pass
-    told = f"run_folder = {path}: cannot be written: Not a directory; choose another with run_folder=…"
-    assert str(refusal.value) == told
+    message = f"run_folder = {path}: cannot be written: Not a directory; choose another with run_folder=…"
+    assert str(refusal.value) == message
 
 
 def test_what_is_written_is_read(run: RunFolder) -> None:
@@ -138,9 +138,9 @@ def test_a_write_that_breaks_off_leaves_the_old_file_and_no_half_one(run: RunFol
         """,
         run.path,
     )
-    told, bug = process.communicate()
-    assert bug == ""
-    summary, rows = told.splitlines()
+    stdout, stderr = process.communicate()
+    assert stderr == ""
+    summary, rows = stdout.splitlines()
     assert summary.startswith(f"{run.path / 'summary.json'}: cannot be written: File too large; ")
     assert rows.startswith(f"{run.path / 'rows.jsonl'}: cannot be written: File too large; ")
     assert run.read_json("summary.json") == {"n": 1}
@@ -343,9 +343,9 @@ def test_a_write_that_the_disk_cannot_hold_is_refused_beforehand(run: RunFolder)
         run.check_free_space(1)
         with pytest.raises(RunFolderError) as refusal:
             run.check_free_space(10**18)
-    told = str(refusal.value)
-    assert told.startswith(f"{run.path}: ")
-    assert told.endswith(
+    message = str(refusal.value)
+    assert message.startswith(f"{run.path}: ")
+    assert message.endswith(
         " MB free, a checkpoint needs 1000000000000 MB; make room and run the same command to go on"
     )
 

@@ -157,8 +157,8 @@ def test_on_two_processes_shards_are_filled_and_put_back(tiny_model: Path, tmp_p
     snapshot = saved(tiny_model, tmp_path / "d")
     loaded, _ = load_discriminator(snapshot.folder)
     expected = engine_of(loaded).forward(GROUPS).values.tolist()
-    told = side_by_side(scored_in_shards, tiny_model, snapshot.folder)
-    assert told == [(pytest.approx(expected, rel=1e-5), True)] * 2
+    results = side_by_side(scored_in_shards, tiny_model, snapshot.folder)
+    assert results == [(pytest.approx(expected, rel=1e-5), True)] * 2
 
 
 def refused_by_one(processes: Processes, model: Path, folder: Path) -> bool:

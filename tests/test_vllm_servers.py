@@ -390,10 +390,10 @@ def test_weights_that_do_not_arrive_raise_the_alarm(case: Case) -> None:
     case.servers[1].answer = lambda path, body: (  # type: ignore[method-assign]
         {} if path == "/collective_rpc" else TableServer.answer(case.servers[1], path, body)
     )
-    told = (
+    message = (
         rf"{case.servers[1].url} gives .* nats from the student's .*its last update included.*; try another"
     )
-    with pytest.raises(AlarmError, match=told):
+    with pytest.raises(AlarmError, match=message):
         sampler.update(case.weights())
 
 
@@ -488,7 +488,7 @@ def test_several_trainers_hand_over_once_share_the_work_and_see_the_samples_of_o
     drawn = [[tuple(body["prompt"]) for body in server.drawn()] for server in case.servers]
     for phase in range(3):
         prompts = [request.prompt_tokens for request in phase_requests(phase)]
-        counts = [[told.count(prompt) for prompt in prompts] for told in drawn]
+        counts = [[server_prompts.count(prompt) for prompt in prompts] for server_prompts in drawn]
         # Each response once, though both asked for all; nothing of the server that the first could not reach.
         assert [sum(pair) for pair in zip(*counts, strict=True)] == [4] * 6
         assert all(map(any, counts)) == (phase < 2)

@@ -55,26 +55,26 @@ def going(path: Path, *, total: int = 480) -> RunFolder:
 
 def test_a_run_that_goes_shows_progress_time_left_and_trends(tmp_path: Path) -> None:
     folder = going(tmp_path)
-    told = snapshot(Watched(folder.path))
-    assert re.search(r"pirate .* running, last row 0 s ago", told)
-    assert "120 of 480 steps, 60.0 min left" in told
-    (accuracy,) = re.findall(r"told apart .*", told)
+    text = snapshot(Watched(folder.path))
+    assert re.search(r"pirate .* running, last row 0 s ago", text)
+    assert "120 of 480 steps, 60.0 min left" in text
+    (accuracy,) = re.findall(r"told apart .*", text)
     assert "0.847" in accuracy
     assert "↓" in accuracy
-    (spread,) = re.findall(r"in-group spread .*", told)
+    (spread,) = re.findall(r"in-group spread .*", text)
     assert "→" in spread
-    assert "no alarm" in told
-    assert "sample 1" in told
+    assert "no alarm" in text
+    assert "sample 1" in text
 
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
     folder = a_run(tmp_path).folder
     for stage in ("seqkd", "gad"):
         folder.write_json(f"{stage}/stage.json", {"settings": {}, "done": True})
-    told = snapshot(Watched(folder.path))
-    assert "not running" in told
-    assert "GAD                           done, 120 steps" in told
-    assert "left" not in told
+    text = snapshot(Watched(folder.path))
+    assert "not running" in text
+    assert "GAD                           done, 120 steps" in text
+    assert "left" not in text
 
 
 def test_alarms_and_remedies_are_shown(tmp_path: Path) -> None:
@@ -87,12 +87,12 @@ def test_alarms_and_remedies_are_shown(tmp_path: Path) -> None:
         "is_done": True,
     }
     folder.append_rows("gad/remedies.jsonl", [went_back])
-    told = snapshot(Watched(folder.path))
-    assert "drift  gad step 90 (warn): KL 1.20 nats a token" in told
-    assert "likely cause: It runs after" in told
-    assert "what to do: Raise gad.kl_coefficient." in told
-    assert "gad from step 90 to 50 for collapse: gad.kl_coefficient = 0.01" in told
-    assert "no alarm" not in told
+    text = snapshot(Watched(folder.path))
+    assert "drift  gad step 90 (warn): KL 1.20 nats a token" in text
+    assert "likely cause: It runs after" in text
+    assert "what to do: Raise gad.kl_coefficient." in text
+    assert "gad from step 90 to 50 for collapse: gad.kl_coefficient = 0.01" in text
+    assert "no alarm" not in text
 
 
 def test_looking_again_shows_what_came_since(tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_hostile_text_never_reaches_the_terminal_raw(tmp_path: Path) -> None:
     folder.write_json("config.json", {"name": HOSTILE})
     metric = {"stage": HOSTILE, "step": 1, HOSTILE: HOSTILE, "student/kl_nats": 10**400, "time/unix": "x"}
     (folder.path / "metrics.jsonl").write_text(json.dumps(metric) + "\n")
-    told = snapshot(Watched(folder.path))
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028]", told)
-    assert "«U+001B»[2J" in told
-    assert max(map(len, told.splitlines())) < 5000
+    text = snapshot(Watched(folder.path))
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028]", text)
+    assert "«U+001B»[2J" in text
+    assert max(map(len, text.splitlines())) < 5000
     done = subprocess.run(
         command(folder.path), capture_output=True, text=True, env=environment(), timeout=60, check=True
     )

@@ -127,11 +127,11 @@ def stored_rows(folder: Path, name: str = "train") -> list[Row]:
 
 
 def _row(id_: str, name: str, job: str, city: str, rng: random.Random) -> Row:
-    told = [habit.format(name=name, city=city) for habit in rng.sample(_HABITS, rng.choice((1, 2, 3)))]
+    sentences = [habit.format(name=name, city=city) for habit in rng.sample(_HABITS, rng.choice((1, 2, 3)))]
     return {
         "id": id_,
         "prompt": f"tell me of {name} the {job} in {city}",
-        "response": " ".join([f"{name} is a good {job} in {city} .", *told]),
+        "response": " ".join([f"{name} is a good {job} in {city} .", *sentences]),
     }
 
 

@@ -19,7 +19,7 @@ from gadfly.models import load_language_model
 from gadfly.records import Message, generations_file
 from gadfly.stages.generate import named_models
 from gadfly.stages.judge.answer_sheets import answer_sheets
-from gadfly.stages.judge.told import told
+from gadfly.stages.judge.tell_figures import tell_figures
 from gadfly.stages.run import Run
 from gadfly.statistics import mean
 
@@ -73,7 +73,7 @@ def measure(run: Run, settings: Mapping[str, Any]) -> None:
     own = {generations_file(_OWN, temperature) for temperature in run.recipe.generate.temperatures}
     for sheet in answer_sheets(run):
         if sheet.name in own:
-            for model, figures in told(sheet, embed).items():
+            for model, figures in tell_figures(sheet, embed).items():
                 record = {"tell_accuracy_hidden": figures["tell_accuracy"].as_record()}
                 run.folder.update_summary("evaluation", {model: {sheet.name: record}})
 

@@ -58,16 +58,16 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
         save_models(other, seed, discriminator_size=size, discriminator_layers=layers)
         (other / "discriminator").rename(folder / "models" / name)
         shutil.rmtree(other)
-    count, held = int(settings.get("records", 4096)), int(settings.get("held_out", 512))
+    count, num_held_out = int(settings.get("records", 4096)), int(settings.get("held_out", 512))
     # An eighth of all pairs is unseen, of the three quarters of records that have both facts.
-    seen, unseen = _split(random_records(seed, count + 12 * held))
+    seen, unseen = _split(random_records(seed, count + 12 * num_held_out))
     rng = random.Random(f"answers {seed}")
     sets = {
-        "train": seen[2 * held : 2 * held + count],
-        "valid": seen[:held],
-        "test": seen[held : 2 * held],
-        "short": [_shortened(record, rng) for record in seen[held : 2 * held]],
-        "unseen": unseen[:held],
+        "train": seen[2 * num_held_out : 2 * num_held_out + count],
+        "valid": seen[:num_held_out],
+        "test": seen[num_held_out : 2 * num_held_out],
+        "short": [_shortened(record, rng) for record in seen[num_held_out : 2 * num_held_out]],
+        "unseen": unseen[:num_held_out],
     }
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name, records in sets.items():
@@ -100,7 +100,7 @@ def measure(run: Run, settings: Mapping[str, Any]) -> None:
         rows = run.folder.rows(f"generations/{file.name}")
         for model in dict.fromkeys(row["model"] for row in rows):
             texts = [(row["prompt"], row["response"]) for row in rows if row["model"] == model]
-            repeated = share([judge(parse_prompt(asked), text).why == "repeated" for asked, text in texts])
+            repeated = share([judge(parse_prompt(prompt), text).why == "repeated" for prompt, text in texts])
             figures = {file.stem: {"repeated_fraction": repeated.as_record()}}
             run.folder.update_summary("evaluation", {model: figures})
     rows = [row for row in run.folder.rows("metrics.jsonl") if row["stage"] == "gad"]
@@ -112,8 +112,8 @@ def measure(run: Run, settings: Mapping[str, Any]) -> None:
     for stage in ("warmup", "gad"):
         checkpoint = latest_checkpoint(run.folder.stage(stage))
         if stage in evaluated and checkpoint is not None:
-            asked = load_rows(run.recipe.data.test["test"], needs_response=True).rows[:_RANKED_PROMPTS]
-            ranked = in_group_ranking(run, checkpoint.path, asked, _is_valid)
+            test_rows = load_rows(run.recipe.data.test["test"], needs_response=True).rows[:_RANKED_PROMPTS]
+            ranked = in_group_ranking(run, checkpoint.path, test_rows, _is_valid)
             if ranked and ranked.n > 1:
                 ranking = {"ranking": {"in_group": ranked.as_record()}}
                 run.folder.update_summary("evaluation", {stage: ranking})

@@ -83,7 +83,7 @@ class Renderer:
         """
         roles, contents = [message.role for message in messages], [message.content for message in messages]
         if not self._contents.are_plain(contents):
-            as_text = self._contents.tokens(contents, lambda told: self._prompt(roles, told))
+            as_text = self._contents.tokens(contents, lambda texts: self._prompt(roles, texts))
             if as_text is not None:
                 return as_text
         # No special token is added: the template itself writes those it wants, BOS included.

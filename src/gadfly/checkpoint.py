@@ -68,16 +68,16 @@ def save_checkpoint(
     beside = stage / f".{place.name}.tmp"
 
     def begin() -> None:
-        with _refusals_told(place):
+        with _explain_refusals(place):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
 
     def fill() -> dict[str, int]:
-        with _refusals_told(place):
+        with _explain_refusals(place):
             return sizes(beside, write(beside))
 
     def finish(parts: list[dict[str, int]]) -> Checkpoint:
-        with _refusals_told(place):
+        with _explain_refusals(place):
             for part in parts:
                 await_files(beside, part)
             # A folder's list may be older than what is in it.
@@ -103,7 +103,7 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def _refusals_told(place: Path) -> Iterator[None]:
+def _explain_refusals(place: Path) -> Iterator[None]:
     """Say in a line that a disk or a folder refused a checkpoint, and why."""
     try:
         yield

@@ -18,11 +18,11 @@ class GadflyError(Exception):
     """Base of all errors that are shown as one line without a traceback.
 
     Attributes:
-        is_told: whether another process of the same run shows it.
+        is_shown_elsewhere: whether another process of the same run shows it.
     """
 
     exit_code = 1
-    is_told = False
+    is_shown_elsewhere = False
 
 
 class UserError(GadflyError):

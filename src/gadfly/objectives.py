@@ -37,10 +37,10 @@ def discriminator_objective(
 
     def objective(scores: Scores, batch: MicroBatch) -> Tensor:
         own = None if weights is None else weights.to(scores.values)[batch.rows]
-        told = loss(scores.values, batch.group_index, batch.is_teacher, num_pairs=num_pairs, weights=own)
+        main_loss = loss(scores.values, batch.group_index, batch.is_teacher, num_pairs=num_pairs, weights=own)
         if centring == 0:
-            return told
-        return told + centring * losses.centring_loss(scores.values, num_rows=total_rows)
+            return main_loss
+        return main_loss + centring * losses.centring_loss(scores.values, num_rows=total_rows)
 
     return objective
 

@@ -200,8 +200,8 @@ def _explain(key: str, errors: list[ErrorDetails]) -> str:
     if not key:
         return "; ".join(messages)
     lead = "Input should be "
-    wanted = lead.lower() + " or ".join(message.removeprefix(lead) for message in messages)
-    message = wanted if messages[0].startswith(lead) else f"{messages[0][0].lower()}{messages[0][1:]}"
+    expected = lead.lower() + " or ".join(message.removeprefix(lead) for message in messages)
+    message = expected if messages[0].startswith(lead) else f"{messages[0][0].lower()}{messages[0][1:]}"
     # A key or password put there by mistake must not be repeated.
     is_secret = key.endswith((".api_key_env", ".base_url"))
     return f"{key}: {message}" if is_secret else f"{key} = {_shown(error['input'])}: {message}"

@@ -92,9 +92,9 @@ class _Writer(HuggingFaceStorageWriter):
     names: frozenset[str] = frozenset()
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        told = super().write_data(plan, planner)
-        self.names = frozenset(result.storage_data.relative_path for result in told.wait())
-        return told
+        future = super().write_data(plan, planner)
+        self.names = frozenset(result.storage_data.relative_path for result in future.wait())
+        return future
 
 
 def _unreadable(folder: Path, reason: str) -> CheckpointError:

@@ -61,15 +61,15 @@ def _is_nearer(history: History, first: int, second: int) -> bool:
     less well, and ROUGE-L is higher, also than at the start of the stage, which a circle comes back to. All
     as means of two evaluations.
     """
-    told, overlap = history.evaluated("evaluation/tell_accuracy"), history.evaluated("evaluation/rouge_l")
-    told_then, overlap_then = (series.between(first, second) for series in (told, overlap))
-    if not told_then or not overlap_then:
+    accuracy, overlap = history.evaluated("evaluation/tell_accuracy"), history.evaluated("evaluation/rouge_l")
+    accuracy_then, overlap_then = (series.between(first, second) for series in (accuracy, overlap))
+    if not accuracy_then or not overlap_then:
         return False
-    share = mean(told_then)
+    share = mean(accuracy_then)
     # One standard error of a share of so many pairs: half of the prompts teach the classifier.
     noise = max(0.02, math.sqrt(share * (1 - share) / max(1, history.circumstances.held_out // 2)))
     before = max(mean(overlap_then), mean(overlap.values[:2]))
-    return mean(told.last(2).values) < share - noise and mean(overlap.last(2).values) > before
+    return mean(accuracy.last(2).values) < share - noise and mean(overlap.last(2).values) > before
 
 
 def hacking(history: History) -> Finding | None:
@@ -78,14 +78,17 @@ def hacking(history: History) -> Finding | None:
         start, last = series.values[0], series.last(2)
         if max(last.values) >= start - _a_gain(history, series):
             continue
-        told, overlap = history.evaluated("evaluation/tell_accuracy"), history.evaluated("evaluation/rouge_l")
+        accuracy, overlap = (
+            history.evaluated("evaluation/tell_accuracy"),
+            history.evaluated("evaluation/rouge_l"),
+        )
         gained = f"the gap to the teacher by the frozen discriminator {name} went from {start:.2f} to "
         gained += f"{last.values[-1]:.2f}"
         # Of single evaluations the lowest is low by chance; of neighbours both would have to be.
-        pairs = [sum(pair) / 2 for pair in itertools.pairwise(told.values)]
-        if len(pairs) >= 3 and min(told.last(2).values) > min(pairs[:-2]) + 0.18:
+        pairs = [sum(pair) / 2 for pair in itertools.pairwise(accuracy.values)]
+        if len(pairs) >= 3 and min(accuracy.last(2).values) > min(pairs[:-2]) + 0.18:
             worse = f"a text classifier tells the answers better: {min(pairs[:-2]):.2f}, now {pairs[-1]:.2f}"
-            return Finding(f"{gained}, while {worse}", told.last(2).steps[0])
+            return Finding(f"{gained}, while {worse}", accuracy.last(2).steps[0])
         if len(overlap) >= 4:
             best, now = max(overlap.values[:-2]), max(overlap.last(2).values)
             if now < best - 0.05 and now < 0.8 * best:

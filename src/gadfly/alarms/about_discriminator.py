@@ -79,16 +79,16 @@ def too_strong(history: History) -> Finding | None:
     Accuracy alone is not enough: runs that went well stayed above 0.97 for a hundred steps, with a gap of
     three to eight times the spread within a group.
     """
-    told = history[_ACCURACY].last(history.window)
+    accuracy = history[_ACCURACY].last(history.window)
     gap, spread = history["discriminator/score_gap"].last(history.window), history["group/score_std"]
-    if len(told) < history.window or not (band := mean_band(told.values)).is_above(0.95):
+    if len(accuracy) < history.window or not (band := mean_band(accuracy.values)).is_above(0.95):
         return None
     apart, within = mean_band(gap.values).value, mean_band(spread.last(history.window).values).value
     if len(spread) and apart > 12 * within:
         return Finding(
-            f"accuracy on fresh pairs {band.value:.3f} over {len(told)} steps; the gap to the teacher, "
+            f"accuracy on fresh pairs {band.value:.3f} over {len(accuracy)} steps; the gap to the teacher, "
             f"{apart:.2f}, is {apart / max(within, 1e-9):.0f} times the spread within a group",
-            told.steps[0],
+            accuracy.steps[0],
         )
     return None
 
@@ -170,9 +170,9 @@ def length_bias(history: History) -> Finding | None:
     worse = mean_band(history[_ACCURACY].last(count).values).value - mean_band(close.values).value
     bound, lost = (0.5, worse) if len(close) >= count // 2 else (0.7, 1.0)
     if (band.is_above(bound) or band.is_below(-bound)) and lost > 0.1:
-        told = f", accuracy {worse:.2f} lower on pairs of about the same length" if len(close) else ""
+        clause = f", accuracy {worse:.2f} lower on pairs of about the same length" if len(close) else ""
         return Finding(
-            f"correlation of length and score within a group {band.value:+.2f} over {count} steps{told}",
+            f"correlation of length and score within a group {band.value:+.2f} over {count} steps{clause}",
             last.steps[0],
         )
     return None

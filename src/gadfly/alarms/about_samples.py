@@ -37,9 +37,9 @@ def ends_differ(history: History) -> Finding | None:
         band = mean_band(apart)
         is_mending = change_band([abs(value) for value in apart]).is_below(-bound / 4)
         if (band.is_above(bound) or band.is_below(-bound)) and not is_mending:
-            told = mean_band(ours.values).value, mean_band(theirs.values).value
+            shares = mean_band(ours.values).value, mean_band(theirs.values).value
             return Finding(
-                f"{told[0]:.0%} of the samples and {told[1]:.0%} of the teacher's answers ended by "
+                f"{shares[0]:.0%} of the samples and {shares[1]:.0%} of the teacher's answers ended by "
                 f"themselves over {count} steps",
                 ours.steps[0],
             )

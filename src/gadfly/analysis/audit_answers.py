@@ -24,7 +24,7 @@ _HABIT = 0.01
 # Nobody leaves out that many prompts or answers on purpose without knowing.
 _MOST_LEFT_OUT = 0.5
 # Pairs told by their surface: from here on a discriminator need not read.
-_TOLD = 0.8
+_HIGH_ACCURACY = 0.8
 
 _THINKING = re.compile(r"</?(think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
 _CONTROL = re.compile(r"<\|\w+\|>|<\uff5c[^<>]{1,40}\uff5c>|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>")
@@ -244,7 +244,7 @@ def judge_student(teacher: Role, student: Role, *, is_trained: bool) -> list[Fin
 
 def judge_surface(surface: SurfaceTest | None, *, is_trained: bool) -> list[Finding]:
     """Whether the surface alone tells the roles apart: never mechanical, and expected before training."""
-    if surface is None or surface.accuracy.low < _TOLD:
+    if surface is None or surface.accuracy.low < _HIGH_ACCURACY:
         return []
     carriers = ", ".join(f"{name} {_percent(value)}" for name, value in surface.carriers[:3])
     evidence = f"{_percent(surface.accuracy.value)} of {surface.accuracy.n} pairs; alone: {carriers}"

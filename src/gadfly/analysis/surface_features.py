@@ -154,8 +154,8 @@ def surface_accuracy(pairs: Sequence[tuple[Written, Written]]) -> SurfaceTest:
     folds = np.array([fold_of[_digest(pair)] for pair in ordered])
     votes = np.full(len(ordered), 0.5)
     for fold in range(_FOLDS):
-        asked = folds == fold
-        votes[asked] = _votes(differences[asked] @ _weights(differences[~asked]))
+        in_fold = folds == fold
+        votes[in_fold] = _votes(differences[in_fold] @ _weights(differences[~in_fold]))
     widened = mean([*votes.tolist(), 0.0, 1.0])
     accuracy = Figure(float(votes.mean()), len(votes), max(widened.low, 0.0), min(widened.high, 1.0))
     return SurfaceTest(accuracy, _carriers(names, differences))
@@ -230,9 +230,9 @@ def _carriers(
     names: Sequence[str], differences: Float[np.ndarray, "pair feature"]
 ) -> tuple[tuple[str, float], ...]:
     alone = np.where(differences == 0, 0.5, differences > 0).mean(axis=0)
-    told = sorted(
+    shares = sorted(
         ((float(max(share, 1 - share)), name) for name, share in zip(names, alone, strict=True)),
         key=lambda entry: (-entry[0], entry[1]),
     )
-    shown = [(name, share) for share, name in told if share > 0.5 and name != "characters_squared"]
+    shown = [(name, share) for share, name in shares if share > 0.5 and name != "characters_squared"]
     return tuple(shown[:_CARRIERS])

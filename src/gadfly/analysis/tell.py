@@ -181,9 +181,9 @@ def _margins(train: Sequence[_Answer], test: Sequence[_Answer], embed: Embed | N
     )
     is_teacher = np.arange(len(train)) < len(train) // 2
     classifier.fit(inputs[[row[answer] for answer in train]], is_teacher)
-    asked = list(dict.fromkeys(test))
-    margins = classifier.decision_function(inputs[[row[answer] for answer in asked]])
-    return dict(zip(asked, margins.tolist(), strict=True))
+    distinct = list(dict.fromkeys(test))
+    margins = classifier.decision_function(inputs[[row[answer] for answer in distinct]])
+    return dict(zip(distinct, margins.tolist(), strict=True))
 
 
 def _text_features() -> Any:

@@ -52,9 +52,9 @@ class _Embedder:
         hidden_size = self.model.config.get_text_config().hidden_size
         features = np.zeros((len(answers), hidden_size), dtype=np.float32)
         for rows in _batches([len(prompt) + len(response) for prompt, response in answers]):
-            told = [row for row in rows if answers[row][1]]
-            if told:
-                features[told] = self._mean_states([answers[row] for row in told]).cpu().numpy()
+            non_empty = [row for row in rows if answers[row][1]]
+            if non_empty:
+                features[non_empty] = self._mean_states([answers[row] for row in non_empty]).cpu().numpy()
         return features
 
     def _tokens(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:

@@ -122,10 +122,10 @@ class BatchCalls:
         api.heard_at = began
         while True:
             try:
-                with api.failures_told(not_found):
+                with api.explain_failures(not_found):
                     answer = await send()
                 if not isinstance(answer, kind):
-                    raise RequestFailed("no-json", api.told(f"the server sent {str(answer)[:80]!r}"))
+                    raise RequestFailed("no-json", api.safe_line(f"the server sent {str(answer)[:80]!r}"))
                 api.heard_at, self._was_heard = time.monotonic(), True
                 return answer
             except RequestFailed as failure:

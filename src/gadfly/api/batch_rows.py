@@ -45,8 +45,8 @@ class BatchRows:
         status, body = response.get("status_code"), response.get("body")
         if status != 200:
             error = _table(body).get("error") or row.get("error")
-            said = {"message": error} if isinstance(error, str) else _table(error)
-            raise self._failure(status if isinstance(status, int) else None, said, cap_name)
+            problem = {"message": error} if isinstance(error, str) else _table(error)
+            raise self._failure(status if isinstance(status, int) else None, problem, cap_name)
         content = ChatCompletion.construct(**body) if isinstance(body, dict) else body
         request_id = response.get("request_id")
         answer = answer_of(content, request_id if isinstance(request_id, str) else None, attempts)
@@ -54,16 +54,18 @@ class BatchRows:
 
     def _failure(self, status: int | None, error: dict[str, Any], cap_name: str) -> RequestFailed:
         message, code = (str(error.get(name) or "") for name in ("message", "code"))
-        told = self.api.told(": ".join(filter(None, (str(status or code), message))) or "no reason is given")
+        detail = self.api.safe_line(
+            ": ".join(filter(None, (str(status or code), message))) or "no reason is given"
+        )
         if status == 400 and "max_completion_tokens" in message and cap_name == "max_tokens":
-            return RequestFailed("no-max-tokens", told)
+            return RequestFailed("no-max-tokens", detail)
         if status == 429:
-            return RequestFailed("rate-limit", told)
+            return RequestFailed("rate-limit", detail)
         if status and 400 <= status < 500 and status not in _PASSING:
-            return RequestFailed("rejected", told)
+            return RequestFailed("rejected", detail)
         if code in ("batch_expired", "batch_cancelled"):
-            return RequestFailed(code.removeprefix("batch_"), told)
-        return RequestFailed("server-error", told)
+            return RequestFailed(code.removeprefix("batch_"), detail)
+        return RequestFailed("server-error", detail)
 
 
 def _table(value: object) -> dict[str, Any]:

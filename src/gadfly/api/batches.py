@@ -241,7 +241,7 @@ class _Asking:
                 return None
         if looked.status == "failed" and (problem := _problem(looked)):
             line = f", line {problem.line} of it" if problem.line else ""
-            return f"the batch is refused: {self._api.told(problem.message or str(problem.code))}{line}"
+            return f"the batch is refused: {self._api.safe_line(problem.message or str(problem.code))}{line}"
         rejected = [failure for failure in failed.values() if failure.kind == "rejected"]
         if rejected and not has_good_answer(list(self._wanted.values()), self._answers):
             return f"every question is turned down: {rejected[0].detail}"
@@ -276,8 +276,8 @@ class _Asking:
             parts.append(f"waiting for {looked[0].id} ({looked[0].status})")
         elif looked:
             statuses = Counter(batch.status for batch in looked).most_common()
-            told = ", ".join(f"{count} {status}" for status, count in statuses)
-            parts.append(f"waiting for {len(looked)} batches ({told})")
+            counts = ", ".join(f"{count} {status}" for status, count in statuses)
+            parts.append(f"waiting for {len(looked)} batches ({counts})")
         if (dollars := self._api.spending.dollars) is not None:
             parts.append(spell_dollars(dollars))
         if errors := self._api.errors.most_common():

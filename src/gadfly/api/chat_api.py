@@ -155,7 +155,7 @@ class ChatApi:
     async def _send(self, request: ChatRequest, attempts: int, places: Places) -> ChatAnswer:
         cap_name = self.cap_name
         try:
-            with self.failures_told(f"no model {request.model!r} there, or not the address of an API"):
+            with self.explain_failures(f"no model {request.model!r} there, or not the address of an API"):
                 raw = await self._raw(request, places)
                 content: object = raw.parse()
             self._is_reached = True
@@ -163,7 +163,7 @@ class ChatApi:
         except RequestFailed as failure:
             is_final = failure.kind == "no-max-tokens" and cap_name != "max_tokens"
             kind = "rejected" if is_final else failure.kind
-            raise RequestFailed(kind, self.told(failure.detail)) from None
+            raise RequestFailed(kind, self.safe_line(failure.detail)) from None
         self.heard_at = time.monotonic()
         return answer
 
@@ -183,7 +183,7 @@ class ChatApi:
         return raw
 
     @contextlib.contextmanager
-    def failures_told(self, not_found: str) -> Iterator[None]:
+    def explain_failures(self, not_found: str) -> Iterator[None]:
         """Say what a failure of the client inside means; `not_found` is what a 404 says.
 
         Raises:
@@ -198,13 +198,13 @@ class ChatApi:
         except openai.APIConnectionError as failure:
             cause = failure.__cause__ or failure
             name = type(cause).__name__
-            detail = self.told(f"{name}: {cause}").rstrip(": ")
+            detail = self.safe_line(f"{name}: {cause}").rstrip(": ")
             if name in _NOT_SENT:
                 raise RequestFailed("unreachable", detail) from None
             kind = "timeout" if isinstance(failure, openai.APITimeoutError) else "cut-off"
             raise RequestFailed(kind, detail) from None
         except (ValueError, RecursionError, openai.APIError) as failure:
-            raise RequestFailed("no-json", self.told(str(failure))) from None
+            raise RequestFailed("no-json", self.safe_line(str(failure))) from None
 
     def fields(self, request: ChatRequest) -> dict[str, Any]:
         """The request as the client takes it."""
@@ -222,16 +222,16 @@ class ChatApi:
         """What an answer with an error status means: for this question, or for all."""
         status = failure.status_code
         message = failure.message.removeprefix(f"Error code: {status} - ")
-        told = f"{status}: {self.told(message)}"
+        detail = f"{status}: {self.safe_line(message)}"
         if status == 402 or (status == 429 and "insufficient_quota" in (failure.code, failure.type)):
-            return self.fatal(f"no credit left: {told}")
+            return self.fatal(f"no credit left: {detail}")
         if status == 429:
-            return self._slow_down(failure, told)
+            return self._slow_down(failure, detail)
         if status == 400 and "max_completion_tokens" in message:
             self.cap_name = "max_completion_tokens"
-            return RequestFailed("no-max-tokens", told)
+            return RequestFailed("no-max-tokens", detail)
         if status == 403 and _FLAGGED.search(message):
-            return RequestFailed("rejected", told)
+            return RequestFailed("rejected", detail)
         if status in (401, 403) or (status == 400 and _ABOUT_KEY.search(message)):
             variable = self.config.api_key_env
             hint = (
@@ -240,16 +240,16 @@ class ChatApi:
                 else "it wants a key; set api_key_env"
             )
             page = ", unless it is a proxy that answers with this page" if message.lstrip()[:1] == "<" else ""
-            return self.fatal(f"{hint}{page}: {told}")
+            return self.fatal(f"{hint}{page}: {detail}")
         if status in (404, 405):
-            return self.fatal(f"{not_found}: {told}")
+            return self.fatal(f"{not_found}: {detail}")
         if status in (408, 409) or status >= 500:
             if wait := retry_after_seconds(failure.response.headers):
                 self.limits.pause(min(wait, _LONGEST_WAIT_SECONDS))
-            return RequestFailed("server-error", told)
-        return RequestFailed("rejected", told)
+            return RequestFailed("server-error", detail)
+        return RequestFailed("rejected", detail)
 
-    def _slow_down(self, failure: openai.APIStatusError, told: str) -> Exception:
+    def _slow_down(self, failure: openai.APIStatusError, detail: str) -> Exception:
         now, give_up_seconds = time.monotonic(), self.config.give_up_seconds
         if self._refused_since <= self.heard_at:
             self._refused_since, self._num_refused = now, 0
@@ -258,11 +258,11 @@ class ChatApi:
             asks = asked is not None and asked > give_up_seconds
             refused = f"has refused everything for {refused_for:.0f} s"
             wait = f"asks to wait {asked:.0f} s" if asks else refused
-            return self.fatal(f"{wait}, more than give_up_seconds = {give_up_seconds:g}: {told}")
+            return self.fatal(f"{wait}, more than give_up_seconds = {give_up_seconds:g}: {detail}")
         # All that are in flight are refused together: that is one refusal.
         self._num_refused += not self.limits.paused_seconds
         self.limits.pause(asked or wait_seconds(max(1, self._num_refused)))
-        return RequestFailed("rate-limit", told)
+        return RequestFailed("rate-limit", detail)
 
     def fatal(self, why: str) -> ApiError:
         """The error that ends all asking: says which API, and why."""
@@ -271,11 +271,11 @@ class ChatApi:
     def without_key(self, answer: ChatAnswer) -> ChatAnswer:
         """An answer as it may be kept, where a server repeats the key in it."""
         names = ("text", "finish_reason", "refusal", "model", "request_id")
-        told = ((name, getattr(answer, name)) for name in names)
-        kept: dict[str, Any] = {name: self._key.removed_from(text) for name, text in told if text}
+        fields = ((name, getattr(answer, name)) for name in names)
+        kept: dict[str, Any] = {name: self._key.removed_from(text) for name, text in fields if text}
         return replace(answer, **kept)
 
-    def told(self, text: str) -> str:
+    def safe_line(self, text: str) -> str:
         """What a server said, in one line of at most 200 characters, without any key."""
         return self._key.hidden_in(text)
 

@@ -49,7 +49,7 @@ class _Allowance:
     """The server's pace: with each answer it says how far behind that request the queue is open."""
 
     def __init__(self) -> None:
-        self._open, self._rate, self._told_at = math.inf, 0.0, 0.0
+        self._open, self._rate, self._learned_at = math.inf, 0.0, 0.0
 
     def learn(self, place: float, limit: float, left: float, reset_seconds: float) -> None:
         """Adopt what an answer to the request at `place` says.
@@ -59,12 +59,12 @@ class _Allowance:
         and refuses what is too early.
         """
         self._open, self._rate = place + left, min((limit - left) / reset_seconds, limit / 60)
-        self._told_at = time.monotonic()
+        self._learned_at = time.monotonic()
 
     def wait_seconds(self, place: float) -> float:
         if place <= self._open:
             return 0.0
-        return (place - self._open) / self._rate - (time.monotonic() - self._told_at)
+        return (place - self._open) / self._rate - (time.monotonic() - self._learned_at)
 
 
 class RateLimits:
@@ -117,9 +117,9 @@ class RateLimits:
     def heed(self, headers: Mapping[str, str], places: Places) -> None:
         """Adopt the pace that the `x-ratelimit-*` headers of the answer to a request tell."""
         for kind, allowance, place in zip(("requests", "tokens"), self._allowances, places, strict=True):
-            if (told := headers.get(f"x-ratelimit-limit-{kind}")) is None:
+            if (header := headers.get(f"x-ratelimit-limit-{kind}")) is None:
                 continue
-            limit, left = _amount(told), _amount(headers.get(f"x-ratelimit-remaining-{kind}"))
+            limit, left = _amount(header), _amount(headers.get(f"x-ratelimit-remaining-{kind}"))
             reset = seconds_of(headers.get(f"x-ratelimit-reset-{kind}"))
             if limit is None or left is None or not reset or reset > _LONGEST_RESET_SECONDS:
                 continue

@@ -257,7 +257,7 @@ def main() -> None:
         app()
     except GadflyError as error:
         console.end_line()
-        if not error.is_told:
+        if not error.is_shown_elsewhere:
             typer.echo(visible(str(error)), err=True)
         sys.exit(error.exit_code)
     except _Stopped:

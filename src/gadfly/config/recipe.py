@@ -183,10 +183,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _vllm_takes_no_adapters(self) -> "Recipe":
-        asked = "servers" if self.sampling.servers else 'backend = "vllm"'
+        setting = "servers" if self.sampling.servers else 'backend = "vllm"'
         if self.student.lora_rank > 0 and (self.sampling.servers or self.sampling.backend == "vllm"):
             raise ValueError(
-                f"sampling.{asked}: vLLM is given whole weights, and student.lora_rank = "
+                f"sampling.{setting}: vLLM is given whole weights, and student.lora_rank = "
                 f'{self.student.lora_rank} trains adapters; set sampling.backend = "local", without servers'
             )
         return self

@@ -184,8 +184,8 @@ def hold_out(rows: Sequence[Row], share: float) -> tuple[tuple[Row, ...], tuple[
     fractions = [prompt_hash_fraction(row.messages) for row in rows]
     prompts = sorted(set(fractions))
     least = 1 if share > 0 else 0
-    held = min(max(bisect_left(prompts, share), least), max(len(prompts) - 1, 0))
-    held_out = set(prompts[:held])
+    num_held_out = min(max(bisect_left(prompts, share), least), max(len(prompts) - 1, 0))
+    held_out = set(prompts[:num_held_out])
     train = tuple(row for row, at in zip(rows, fractions, strict=True) if at not in held_out)
     valid = tuple(row for row, at in zip(rows, fractions, strict=True) if at in held_out)
     return train, valid

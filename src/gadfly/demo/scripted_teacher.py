@@ -182,8 +182,8 @@ def judge(record: Record, response: str) -> Verdict:
             return Verdict(False, why, style, tuple(order))
         style = telling.style
         order.append(telling.field)
-    told_all = len(order) == len(record.facts)
-    return Verdict(told_all, None if told_all else "missing", style, tuple(order))
+    is_complete = len(order) == len(record.facts)
+    return Verdict(is_complete, None if is_complete else "missing", style, tuple(order))
 
 
 def variety(verdicts: Iterable[Verdict]) -> float:

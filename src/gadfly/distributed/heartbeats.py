@@ -189,9 +189,9 @@ class Heartbeats:
 
     def _beat(self, number: int, status: Status) -> str | None:
         """Leave a beat, read those of the others, and give the line to tell if the process is to end."""
-        told = json.dumps([number, status.place, status.what, status.count, status.moves])
+        record = json.dumps([number, status.place, status.what, status.count, status.moves])
         with self._lock:
-            self._store.set(f"beat/{self._rank}", told)
+            self._store.set(f"beat/{self._rank}", record)
             self._look()
             has_confession = self._store.check(["confession"])
         if self._main_tells:
@@ -206,8 +206,8 @@ class Heartbeats:
         there = (
             everybody if self._store.check(keys) else [o for o in everybody if self._store.check([keys[o]])]
         )
-        for other, told in zip(there, self._store.multi_get([keys[other] for other in there]), strict=True):
-            beat, place, what, count, moves = json.loads(told)
+        for other, record in zip(there, self._store.multi_get([keys[other] for other in there]), strict=True):
+            beat, place, what, count, moves = json.loads(record)
             before, now = self._seen[other], time.monotonic()
             if beat != before.beat:
                 moved_at = before.moved_at if moves == before.moves else now

@@ -185,7 +185,7 @@ def _ignore_signals() -> None:
 
 
 def _silent_if(another_tells: bool, error: GadflyError) -> GadflyError:
-    error.is_told = another_tells
+    error.is_shown_elsewhere = another_tells
     return error
 
 

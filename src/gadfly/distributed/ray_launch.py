@@ -117,19 +117,19 @@ def _follow(ray: Any, fit: Any, mailbox: Any) -> Path:
     while not is_over and time.monotonic() < ends_at:
         # What is said is read once more after the end.
         is_over = bool(ray.wait([fit], timeout=0)[0])
-        for said in _said(mailbox):
-            if isinstance(said, logging.LogRecord):
-                logging.getLogger(said.name).handle(said)
-            elif isinstance(said, _Begun):
+        for message in _messages(mailbox):
+            if isinstance(message, logging.LogRecord):
+                logging.getLogger(message.name).handle(message)
+            elif isinstance(message, _Begun):
                 starts, has_bug = starts + 1, False
                 if starts > 1:
                     logger.warning("workers: started again, %d of %d times", starts - 1, RESTARTS)
-            elif isinstance(said, _Bug):
+            elif isinstance(message, _Bug):
                 has_bug = True
-            elif isinstance(said, GadflyError) and refusal is None:
-                refusal, ends_at = said, time.monotonic() + _END_SECONDS
-            elif isinstance(said, Path):
-                result = said
+            elif isinstance(message, GadflyError) and refusal is None:
+                refusal, ends_at = message, time.monotonic() + _END_SECONDS
+            elif isinstance(message, Path):
+                result = message
     if refusal is not None:
         raise refusal
     try:
@@ -147,7 +147,7 @@ def _follow(ray: Any, fit: Any, mailbox: Any) -> Path:
     return result
 
 
-def _said(mailbox: Any) -> Iterator[Any]:
+def _messages(mailbox: Any) -> Iterator[Any]:
     """What workers have said since, waiting for a moment if it is nothing."""
     with contextlib.suppress(importlib.import_module("ray.util.queue").Empty):
         yield mailbox.get(timeout=_POLL_SECONDS)
@@ -175,12 +175,12 @@ def _in_worker(work: Work, run_folder: Path, mailbox: Any, folder: Path, argv: l
     try:
         result = work()
     except RanksError as error:
-        if error.is_told:
+        if error.is_shown_elsewhere:
             return
         logger.critical("%s", error)
         raise
     except GadflyError as error:
-        if not error.is_told:
+        if not error.is_shown_elsewhere:
             mailbox.put(error)
         return
     except Exception as bug:

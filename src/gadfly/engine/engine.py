@@ -130,12 +130,12 @@ class Engine(Generic[Output]):
             if not (batch.is_filler or math.isfinite(loss.item())):
                 spoiled += [groups[index].id for index in batch.group_index.unique().tolist()]
             loss.backward()
-        told = self._processes.gather("losses", (total, spoiled))
-        if ids := [prompt for _, some in told for prompt in some]:
+        gathered = self._processes.gather("losses", (total, spoiled))
+        if ids := [prompt for _, some in gathered for prompt in some]:
             self._adamw.zero_grad()
-            loss_sum = sum(part for part, _ in told)
+            loss_sum = sum(part for part, _ in gathered)
             raise AlarmError(f"the loss is {loss_sum} (prompts {few(ids)}); nothing was updated")
-        return self._merged(groups, pieces), sum(part for part, _ in told)
+        return self._merged(groups, pieces), sum(part for part, _ in gathered)
 
     def clip_gradients(self) -> float:
         """Scale the gradients down to `max_grad_norm`, and return their norm before that.
@@ -209,14 +209,14 @@ class Engine(Generic[Output]):
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            held: dict[str, Any] = self._adamw.state[parameter]
-            if not held:
-                held.update(
+            quantities: dict[str, Any] = self._adamw.state[parameter]
+            if not quantities:
+                quantities.update(
                     step=torch.zeros((), dtype=torch.float32, device=parameter.device),
                     exp_avg=torch.zeros_like(parameter),
                     exp_avg_sq=torch.zeros_like(parameter),
                 )
-            state.update({f"{quantity}.{name}": value for quantity, value in held.items()})
+            state.update({f"{quantity}.{name}": value for quantity, value in quantities.items()})
         return state
 
     def _trained(self) -> list[nn.Parameter]:
@@ -253,10 +253,10 @@ class Engine(Generic[Output]):
         if self._processes.size > 1:
             own = [
                 (rows.to(self.device), _moved(output, self.device))
-                for told in self._processes.gather(
+                for part in self._processes.gather(
                     "outputs", [(rows.cpu(), _moved(output, torch.device("cpu"))) for rows, output in own]
                 )
-                for rows, output in told
+                for rows, output in part
             ]
         return _in_row_order(own, num_rows(groups))
 

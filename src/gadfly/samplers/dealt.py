@@ -32,8 +32,8 @@ class DealtSampler:
             temperature=temperature,
             max_response_tokens=max_response_tokens,
         )
-        told = self._processes.gather("samples", list(zip(hand, drawn, strict=True)))
-        by_index = {index: samples for hand_and_samples in told for index, samples in hand_and_samples}
+        gathered = self._processes.gather("samples", list(zip(hand, drawn, strict=True)))
+        by_index = {index: samples for hand_and_samples in gathered for index, samples in hand_and_samples}
         return [by_index[index] for index in range(len(requests))]
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:

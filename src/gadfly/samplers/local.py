@@ -93,9 +93,9 @@ class LocalSampler:
         """
         answers: list[list[Sample]] = [[] for _ in requests]
         for chunk in self._chunks(requests):
-            asked = [requests[index] for index in chunk]
+            chunk_requests = [requests[index] for index in chunk]
             with self._precision():
-                samples = self._sample_chunk(asked, temperature, max_response_tokens)
+                samples = self._sample_chunk(chunk_requests, temperature, max_response_tokens)
             for index, group in zip(chunk, samples, strict=True):
                 answers[index] = group
         return answers

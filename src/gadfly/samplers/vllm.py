@@ -111,8 +111,8 @@ class VllmSampler:
         self, requests: Sequence[Request], *, temperature: float, max_response_tokens: int
     ) -> list[list[Sample]]:
         """The samples of each request, in order. Temperature 0 is greedy; vLLM takes 0.01 for one between."""
-        wanted = [(request, sample) for request in requests for sample in range(request.num_samples)]
-        if not wanted:
+        draws = [(request, sample) for request in requests for sample in range(request.num_samples)]
+        if not draws:
             return [[] for _ in requests]
         parameters = [
             _vllm().SamplingParams(
@@ -125,9 +125,9 @@ class VllmSampler:
                 logprobs=0,
                 detokenize=False,
             )
-            for request, sample in wanted
+            for request, sample in draws
         ]
-        prompts = [{"prompt_token_ids": list(request.prompt_tokens)} for request, _ in wanted]
+        prompts = [{"prompt_token_ids": list(request.prompt_tokens)} for request, _ in draws]
         outputs = iter(self._engine.generate(prompts, parameters, use_tqdm=False))
         return [[_read(next(outputs)) for _ in range(request.num_samples)] for request in requests]
 

@@ -85,7 +85,7 @@ class VllmServers:
         self._canary = canary
         self._processes = processes or Processes()
         self._max_parallel_responses = max_parallel_responses
-        self._told_lost: set[Server] = set()
+        self._reported_lost: set[Server] = set()
         start = canary_text(vocabulary_size, _CANARY_PROMPT)
         self._canary_request = Request(start, 1, "canary")
         self._text: list[int] = []
@@ -247,8 +247,8 @@ class VllmServers:
                 f"sampling.servers: none is left ({reasons}); start them, and the same command again"
             )
         for server in lost:
-            if server not in self._told_lost:
-                self._told_lost.add(server)
+            if server not in self._reported_lost:
+                self._reported_lost.add(server)
                 logger.warning("sampling.servers: left out from now on: %s", server.loss)
         return left
 

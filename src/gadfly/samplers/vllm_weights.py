@@ -255,7 +255,7 @@ def _chunks(weights: Weights) -> Iterator[list[tuple[str, Tensor]]]:
     chunk: list[tuple[str, Tensor]] = []
     for name, value in weights:
         chunk.append((name, value.detach()))
-        if sum(held.nbytes for _, held in chunk) >= _CHUNK_BYTES:
+        if sum(weight.nbytes for _, weight in chunk) >= _CHUNK_BYTES:
             yield chunk
             chunk = []
     if chunk:

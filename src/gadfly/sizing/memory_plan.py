@@ -181,7 +181,7 @@ def plan_memory(work: Workload) -> MemoryPlan:
         sampling = {"keys and values": cache, "logits": float(draw)}
     elif work.sampler == "vllm":
         lasting["keys and values of vLLM"] = cache
-    told = work.packed(work.group_size + work.teachers)
+    discriminator_batch = work.packed(work.group_size + work.teachers)
     own = work.packed(work.group_size)
     passes = work.passes
     kept = kept_bytes(work.student, own, passes)
@@ -196,8 +196,8 @@ def plan_memory(work: Workload) -> MemoryPlan:
             "discriminator's gradients": discriminator_gradients,
             "gathered": _in_flight_bytes(work, work.discriminator),
             "activations": max(
-                kept_bytes(work.discriminator, told, passes)
-                + backward_bytes(work.discriminator, told, passes),
+                kept_bytes(work.discriminator, discriminator_batch, passes)
+                + backward_bytes(work.discriminator, discriminator_batch, passes),
                 _root_gradient_bytes(work, work.discriminator),
             ),
         },

@@ -71,7 +71,7 @@ class StepCost:
 
 def step_cost(work: Workload) -> StepCost:
     """The cost of a step at full lengths, groups dealt evenly."""
-    told = work.batch_prompts * work.group_tokens(work.group_size + work.teachers)
+    discriminator_tokens = work.batch_prompts * work.group_tokens(work.group_size + work.teachers)
     own = work.batch_prompts * work.group_tokens(work.group_size)
     read = own if work.has_reference else 0
     sampled = work.batch_prompts * work.group_size * work.response_tokens
@@ -79,11 +79,11 @@ def step_cost(work: Workload) -> StepCost:
     student, discriminator = work.student.parameters, work.discriminator.decoder_parameters
     trained = _FORWARD + _BACKWARD_INPUTS + (0 if work.lora_rank else _BACKWARD_WEIGHTS)
     trained += _FORWARD if work.is_checkpointed else 0
-    operations = trained * (told * discriminator + own * student) + _FORWARD * read * student
+    operations = trained * (discriminator_tokens * discriminator + own * student) + _FORWARD * read * student
     if work.sampler != "servers":
         operations += _FORWARD * (sampled + prompts) * student
     return StepCost(
-        trained_tokens=told + own,
+        trained_tokens=discriminator_tokens + own,
         read_tokens=read,
         sampled_tokens=sampled,
         operations=operations / work.gpus,

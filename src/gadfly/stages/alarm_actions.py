@@ -32,7 +32,7 @@ class _Wanted:
     changes: Mapping[str, float]
 
 
-class Lookout:
+class StageAlarms:
     """The alarms of one stage while it runs.
 
     Args:
@@ -50,7 +50,7 @@ class Lookout:
         self._config = run.recipe.alarms
         self._history = History(stage, circumstances)
         # By name: the step at which it was said last, and since when it stood then.
-        self._said: dict[str, tuple[float, int]] = {}
+        self._raised: dict[str, tuple[float, int]] = {}
         self._wanted: _Wanted | None = None
         actions = {self._config.action, *self._config.actions.values()}
         self._may_rest = "skip_discriminator" in actions
@@ -69,10 +69,10 @@ class Lookout:
         standing = self._run.processes.once("alarms", read)
         for row in self._run.folder.rows("alarms.jsonl"):
             if row["stage"] == self._stage:
-                self._said[row["name"]] = (row["step"], row["since"])
+                self._raised[row["name"]] = (row["step"], row["since"])
         self._note_rest(standing)
         # What was not said of these rows when they were new would not have stopped a run that went on.
-        stops = [self._decided(alarm) for alarm in standing if alarm.name in self._said]
+        stops = [self._decided(alarm) for alarm in standing if alarm.name in self._raised]
         self._wanted = next((wanted for wanted in stops if wanted.action == "stop"), None)
 
     def see(self, row: Mapping[str, Any]) -> None:
@@ -80,15 +80,15 @@ class Lookout:
         found, standing = self._run.processes.once("alarms", lambda: self._look(row))
         self._note_rest(standing)
         for alarm in found:
-            said, since = self._said.get(alarm.name, (-math.inf, alarm.since))
+            raised_at, since = self._raised.get(alarm.name, (-math.inf, alarm.since))
             # It was a warning once, and may have stood since then.
             wanted = self._decided(replace(alarm, since=min(since, alarm.since)))
             is_acted_upon = wanted.action in ("stop", "roll_back")
-            if not is_acted_upon and alarm.step - said < _REMINDER * self._config.window:
+            if not is_acted_upon and alarm.step - raised_at < _REMINDER * self._config.window:
                 continue
-            self._said[alarm.name] = (alarm.step, alarm.since)
+            self._raised[alarm.name] = (alarm.step, alarm.since)
             self._run.folder.append_rows("alarms.jsonl", [_row(self._stage, alarm, wanted.action)])
-            logger.warning("%s", _told(self._stage, alarm, wanted.action))
+            logger.warning("%s", _describe(self._stage, alarm, wanted.action))
             # Of two alarms at once, the first of the catalogue is acted upon.
             if is_acted_upon and self._wanted is None:
                 self._wanted = wanted
@@ -118,7 +118,7 @@ class Lookout:
             self._go_back(alarm, self._wanted.changes)
         kept = f"The checkpoint of step {alarm.step} is kept; with" if alarm.step else "With"
         raise Stopped(
-            f"{_told(self._stage, alarm, 'stop')} {kept} "
+            f"{_describe(self._stage, alarm, 'stop')} {kept} "
             f'alarms.actions.{alarm.name}="warn" the same command goes on from there.',
             alarm.name,
         )
@@ -140,7 +140,7 @@ class Lookout:
             own = RunFolder(self._run.folder.path)
             own.append_rows("alarms.jsonl", [_row(self._stage, alarm, action)])
         if action == "roll_back":
-            logger.warning("%s", _told(self._stage, alarm, action))
+            logger.warning("%s", _describe(self._stage, alarm, action))
             self._go_back(alarm, wanted.changes)
 
     def _look(self, row: Mapping[str, Any]) -> tuple[list[Alarm], list[Alarm]]:
@@ -177,7 +177,7 @@ def _row(stage: str, alarm: Alarm, action: Action) -> dict[str, Any]:
     }
 
 
-def _told(stage: str, alarm: Alarm, action: Action) -> str:
+def _describe(stage: str, alarm: Alarm, action: Action) -> str:
     """An alarm in a line."""
     return (
         f"{stage} step {alarm.step}: alarm {alarm.name} ({action}): {alarm.title}: {alarm.evidence}. "

@@ -10,7 +10,7 @@ from gadfly.errors import CheckpointError, ConfigError, DataError
 from gadfly.stages.generate import generate_held_out
 from gadfly.stages.judge.answer_sheets import TEACHER, AnswerSheet
 from gadfly.stages.judge.score import score
-from gadfly.stages.judge.told import embedder, told
+from gadfly.stages.judge.tell_figures import embedder, tell_figures
 from gadfly.stages.run import Run
 from gadfly.statistics import Figure
 
@@ -72,9 +72,9 @@ def _figures(run: Run, names: list[str]) -> tuple[int, dict[str, Figure]]:
             raise DataError("best: no verdict on a checkpoint could be read; name another judge.model")
         return len(rows), {name: figures["judge_score"] for name, figures in scored.items()}
     answers[TEACHER] = {row.id: row.responses[0].text for row in rows}
-    told_apart = told(AnswerSheet(_SET, rows, answers, judged), embedder(run))
-    if not told_apart:
+    measured = tell_figures(AnswerSheet(_SET, rows, answers, judged), embedder(run))
+    if not measured:
         raise DataError(
             f"best: {len(rows)} held-out prompts are too few to tell by; raise evaluation.prompts"
         )
-    return len(rows), {name: figures["tell_accuracy_same_length"] for name, figures in told_apart.items()}
+    return len(rows), {name: figures["tell_accuracy_same_length"] for name, figures in measured.items()}

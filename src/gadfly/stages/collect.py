@@ -156,9 +156,9 @@ def _facts(rows: Sequence[Record], marks: Counter[str], spending: Spending) -> R
 
 def _tell(run: Run, rows: Sequence[Record], marks: Counter[str]) -> None:
     if marks:
-        told = ", ".join(f"{count} {mark}" for mark, count in marks.most_common())
+        counts = ", ".join(f"{count} {mark}" for mark, count in marks.most_common())
         logger.warning(
-            "collect: %d of %d answers are marked: %s (teacher.train_on)", marks.total(), len(rows), told
+            "collect: %d of %d answers are marked: %s (teacher.train_on)", marks.total(), len(rows), counts
         )
     model = run.recipe.teacher.model or ""
     strangers = {row["teacher"] for row in rows if not _same_model(model, row.get("teacher") or "")}

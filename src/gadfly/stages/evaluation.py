@@ -74,9 +74,9 @@ class Evaluation:
                 "teacher": texts[0],
                 "response": answer.text,
                 "finished": answer.finished,
-                **told,
+                **row_scores,
             }
-            for example, texts, answer, told in zip(
+            for example, texts, answer, row_scores in zip(
                 self.examples[:_SHOWN], references, answers, scores, strict=False
             )
         ]

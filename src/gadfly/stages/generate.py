@@ -242,14 +242,16 @@ def _write_figures(run: Run, file: str, model: Model, student: Writer, examples:
 
 def _write_teacher_figures(run: Run, file: str, student: Writer, examples: Sequence[Example]) -> None:
     """What can be said of the teacher's own responses, in the student's tokens: the row to hold others to."""
-    told = [example.row.responses[0] for example in examples if example.row.responses]
-    if not told:
+    responses = [example.row.responses[0] for example in examples if example.row.responses]
+    if not responses:
         return
-    lengths = [len(student.renderer.response_tokens(response.text, response.finished)) for response in told]
+    lengths = [
+        len(student.renderer.response_tokens(response.text, response.finished)) for response in responses
+    ]
     figures = {
         "response_tokens": mean(lengths),
-        "finished_fraction": share([response.finished for response in told]),
-        "repetition": mean([repetition(response.text) for response in told]),
+        "finished_fraction": share([response.finished for response in responses]),
+        "repetition": mean([repetition(response.text) for response in responses]),
     }
     run.folder.update_summary(
         "evaluation",

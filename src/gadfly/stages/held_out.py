@@ -63,13 +63,13 @@ class HeldOut:
         fresh = self._fresh_pairs()
         perturbed = [self._with_perturbations(group) for group in fresh]
         scores = engine.forward(perturbed).values.double().cpu()
-        asked = scores.reshape(len(fresh), 2, 2 + len(PERTURBATIONS))
-        gaps = asked[:, 0, 0] - asked[:, 1, 0]
+        pair_scores = scores.reshape(len(fresh), 2, 2 + len(PERTURBATIONS))
+        gaps = pair_scores[:, 0, 0] - pair_scores[:, 1, 0]
         metrics = {
             "probe/accuracy": accuracy,
             "probe/margin": margin,
             "detail/held_out_accuracy": float((0.5 + 0.5 * gaps.sign()).mean()),
-            **perturbation_shares(asked[..., 1:], perturbed, gaps),
+            **perturbation_shares(pair_scores[..., 1:], perturbed, gaps),
         }
         if len(fresh) >= MIN_PAIRS:
             metrics["detail/surface_accuracy"] = self._surface_accuracy(fresh)

@@ -26,7 +26,7 @@ from gadfly.checkpoint import (
 from gadfly.config import Training
 from gadfly.engine.movement import Movement
 from gadfly.errors import AlarmError
-from gadfly.stages.alarm_actions import Lookout, Stopped
+from gadfly.stages.alarm_actions import StageAlarms, Stopped
 from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.run import Run
 from gadfly.stages.saving import CheckpointWriter, Engines, Snapshot
@@ -66,7 +66,7 @@ class TrainingLoop:
         )
         self._evaluate = evaluate
         self._movements = {role: Movement(engine.model) for role, engine in engines.items()}
-        self._lookout = Lookout(run, stage, _circumstances(run, training, engines))
+        self._alarms = StageAlarms(run, stage, _circumstances(run, training, engines))
         facts = resumed_from.facts if resumed_from else {}
         self._best: list[float] | None = facts.get("best")
         self._seconds_before = float(facts.get("seconds", 0.0))
@@ -86,7 +86,7 @@ class TrainingLoop:
     @property
     def discriminator_rests(self) -> bool:
         """Whether an alarm stands, as the step begins, that lets the discriminator take no step."""
-        return self._lookout.rests
+        return self._alarms.rests
 
     def __iter__(self) -> Iterator[int]:
         """The steps that are left, counted from 1; evaluates and saves between them, and acts on alarms."""
@@ -102,9 +102,9 @@ class TrainingLoop:
             score = None
             if is_last or step % self._training.evaluate_every == 0:
                 score = self._evaluate_now()
-            is_due = is_last or step % self._training.save_every == 0 or self._lookout.stops
+            is_due = is_last or step % self._training.save_every == 0 or self._alarms.stops
             # A kill before the way back is noted has to leave the step, and its alarm, to be done again.
-            if is_due and not self._lookout.goes_back:
+            if is_due and not self._alarms.goes_back:
                 self._save(score)
             self._act_on_alarms()
 
@@ -128,7 +128,7 @@ class TrainingLoop:
         self._track(metrics)
         logger.info(self._line(metrics), extra={"live": True, "last": self.step == self.total_steps})
         self._times = {}
-        self._lookout.see(row)
+        self._alarms.see(row)
 
     def log_samples(self, rows: list[dict[str, Any]]) -> None:
         """Write samples to `samples.jsonl`."""
@@ -148,14 +148,14 @@ class TrainingLoop:
                     row["stage"] != self._stage or (self.last_saved is not None and row["step"] <= self.step)
                 ),
             )
-        self._lookout.recall()
+        self._alarms.recall()
 
     def answer(self, error: AlarmError) -> None:
         """Do what the recipe wants about an alarm that came as an error amid the step."""
-        self._lookout.answer(error, self.step)
+        self._alarms.answer(error, self.step)
 
     def _act_on_alarms(self) -> None:
-        self._lookout.act(before=self.finish)
+        self._alarms.act(before=self.finish)
 
     def _still_fractions(self, metrics: Metrics) -> Metrics:
         """Of each model that took a step, the share of its trained tensors that did not move."""
@@ -180,16 +180,16 @@ class TrainingLoop:
         shown = {name: value for name, value in metrics.items() if not name.startswith("detail/")}
         figures = "  ".join(f"{name.split('/')[1]} {value:.3f}" for name, value in shown.items())
         logger.info("%s  held-out: %s", place, figures)
-        self._lookout.see(row)
+        self._alarms.see(row)
         return metrics["evaluation/rouge_l"]
 
     def _save(self, score: float | None) -> None:
         if score is not None and (self._best is None or score > self._best[1]):
             self._best = [self.step, score]
         states = [engine.optimizer_state().values() for engine in self._engines.values()]
-        held = [value for state in states for value in state]
+        tensors = [value for state in states for value in state]
         # Weights and two moments of each model, and as much again for what else the write needs.
-        self._run.folder.check_free_space(2 * sum(value.numel() * value.element_size() for value in held))
+        self._run.folder.check_free_space(2 * sum(value.numel() * value.element_size() for value in tensors))
         step, best_step = self.step, self._best_step
 
         def then() -> None:

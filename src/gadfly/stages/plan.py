@@ -57,7 +57,7 @@ def workload(recipe: Recipe, gpus: int, gpu_memory: float) -> Workload:
         UserError: if the config of a model cannot be read.
     """
     student = read_shape(recipe.student.model)
-    told = recipe.discriminator.model
+    discriminator = recipe.discriminator.model
     sampling = recipe.sampling
     sampler = sampling.backend
     if sampler == "auto":
@@ -65,7 +65,7 @@ def workload(recipe: Recipe, gpus: int, gpu_memory: float) -> Workload:
         sampler = "vllm" if is_for_vllm else "local"
     return Workload(
         student,
-        student if told is None else read_shape(told),
+        student if discriminator is None else read_shape(discriminator),
         gpus=gpus,
         gpu_memory=gpu_memory,
         weight_bytes=_TYPES[recipe.student.dtype],

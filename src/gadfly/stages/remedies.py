@@ -89,8 +89,8 @@ def note_remedy(run: Run, stage: str, alarm: Alarm, changes: Mapping[str, float]
     def note() -> int:
         own = run.alone().folder
         good = [step for step in checkpoint_steps(own.stage(stage)) if step < alarm.since]
-        told = {key: value for key, value in asdict(alarm).items() if key not in ("remedy", "title")}
-        row = {"stage": stage, **told, "back_to": max(good, default=0), "changes": dict(changes)}
+        record = {key: value for key, value in asdict(alarm).items() if key not in ("remedy", "title")}
+        row = {"stage": stage, **record, "back_to": max(good, default=0), "changes": dict(changes)}
         own.append_rows(f"{stage}/remedies.jsonl", [{**row, "is_done": False}])
         return max(good, default=0)
 

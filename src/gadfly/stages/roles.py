@@ -84,12 +84,12 @@ class DiscriminatorRole:
     def snapshot(self, probe: list[Group], *, is_copy: bool) -> Callable[[Path], None]:
         """The discriminator as it is now, as for a student; `probe` is what its loader will re-score."""
         # Tokens of a response that was cut may not be those of its text, which its loader will have.
-        told = retokenised([group.only_teachers() for group in probe], self.renderer)
-        scores = self.engine.forward(told)
+        probe_groups = retokenised([group.only_teachers() for group in probe], self.renderer)
+        scores = self.engine.forward(probe_groups)
         state = self.engine.whole_state(is_copy=is_copy)
         scored_in = _scored_in(self.engine)
         return lambda folder: save_discriminator(
-            self.model, self.renderer, folder, told, state=state, scores=scores, scored_in=scored_in
+            self.model, self.renderer, folder, probe_groups, state=state, scores=scores, scored_in=scored_in
         )
 
 

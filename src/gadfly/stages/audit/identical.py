@@ -91,13 +91,13 @@ def _twins(
     """
     groups, of = [], []
     for row, sample in zip(rows, samples, strict=True):
-        told = replace(row, responses=row.responses[:1])
-        as_teacher = teacher_group(told, renderer, cap)
+        teacher_row = replace(row, responses=row.responses[:1])
+        as_teacher = teacher_group(teacher_row, renderer, cap)
         # What a sampler would have drawn: the same tokens, and their text.
         groups.append(replace(as_teacher, students=as_teacher.teachers))
         of.append(row)
         if sample.text and not has_invalid_utf8(sample.text):
-            told = replace(row, responses=(TeacherResponse(sample.text, sample.finished),))
-            groups.append(replace(teacher_group(told, renderer, _NO_CAP), students=(sample,)))
+            sample_row = replace(row, responses=(TeacherResponse(sample.text, sample.finished),))
+            groups.append(replace(teacher_group(sample_row, renderer, _NO_CAP), students=(sample,)))
             of.append(row)
     return groups, of

@@ -39,7 +39,7 @@ _SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Told:
+class TeacherAnswers:
     """The teacher's answers in the student's tokens, the end-of-turn token included, before any cap."""
 
     responses: list[TeacherResponse]
@@ -78,17 +78,17 @@ def look(
     gc.collect()
     renderer, strings = asked.renderer, control_strings(asked.renderer)
     rows = by_hash(run.data.train)[: run.recipe.audit.rows]
-    told = _told(rows, renderer)
-    trained_on = told.answers(cap, drops=drops)
+    teacher_answers = _tokenise_answers(rows, renderer)
+    trained_on = teacher_answers.answers(cap, drops=drops)
     if not trained_on:
         raise DataError(f"{stage}: no answer fits into sampling.max_response_tokens = {cap}; raise it")
     teacher, as_trained = (
-        describe("teacher", told.answers(), strings),
+        describe("teacher", teacher_answers.answers(), strings),
         describe("teacher", trained_on, strings),
     )
     samples = [Answer(Written(sample.text, sample.finished), len(sample.tokens)) for sample in asked.samples]
     student = describe("student", samples, strings)
-    over_cap = share([len(ids) > cap for ids in told.tokens])
+    over_cap = share([len(ids) > cap for ids in teacher_answers.tokens])
     surface = _surface(asked)
     leaks = find_leaks(run.data.train, {**sets, "valid": run.data.valid})
     chosen_on = find_leaks(run.data.valid, sets)
@@ -96,7 +96,7 @@ def look(
     estimated = estimate(run, len(run.data.train), _pace(asked, as_trained, student, twice.tokens_per_second))
     findings = [
         *template_findings(renderer),
-        *token_findings(renderer, told.responses, told.tokens),
+        *token_findings(renderer, teacher_answers.responses, teacher_answers.tokens),
         *judge_teacher(teacher, student, over_cap, drops=drops),
         *judge_student(as_trained, student, is_trained=is_trained),
         *twice.findings(),
@@ -114,7 +114,7 @@ def look(
             "cuts": over_cap.as_record(),
             "proposed": proposed_cap(teacher.quantiles),
             "proposed_cuts": share(
-                [len(ids) > proposed_cap(teacher.quantiles) for ids in told.tokens]
+                [len(ids) > proposed_cap(teacher.quantiles) for ids in teacher_answers.tokens]
             ).as_record(),
         },
         "surface": _surface_record(surface),
@@ -126,10 +126,10 @@ def look(
     }
 
 
-def _told(rows: Sequence[Row], renderer: Renderer) -> Told:
+def _tokenise_answers(rows: Sequence[Row], renderer: Renderer) -> TeacherAnswers:
     responses = [response for row in rows for response in row.responses]
     texts, finished = [r.text for r in responses], [r.finished for r in responses]
-    return Told(responses, renderer.batch_response_tokens(texts, finished))
+    return TeacherAnswers(responses, renderer.batch_response_tokens(texts, finished))
 
 
 def _pace(asked: Asked, teacher: Role, student: Role, read: float) -> Pace:
@@ -157,8 +157,8 @@ def _prompt_findings(run: Run, renderer: Renderer, rows: Sequence[Row], strings:
 def _surface(asked: Asked) -> SurfaceTest | None:
     """How well the surface tells sample and answer apart, the latter as the discriminator gets it."""
     pairs = [
-        (Written(told.text, told.finished), Written(sample.text, sample.finished))
-        for told, sample in zip((e.group.teachers[0] for e in asked.examples), asked.samples, strict=True)
+        (Written(answer.text, answer.finished), Written(sample.text, sample.finished))
+        for answer, sample in zip((e.group.teachers[0] for e in asked.examples), asked.samples, strict=True)
     ]
     return surface_accuracy(pairs) if len(pairs) >= MIN_PAIRS else None
 

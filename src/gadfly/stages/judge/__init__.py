@@ -13,7 +13,7 @@ from gadfly.stages.judge.answer_sheets import AnswerSheet, answer_sheets
 from gadfly.stages.judge.families import shared_family
 from gadfly.stages.judge.pairwise import pairwise
 from gadfly.stages.judge.score import score
-from gadfly.stages.judge.told import embedder, told
+from gadfly.stages.judge.tell_figures import embedder, tell_figures
 from gadfly.stages.run import Run
 from gadfly.statistics import Figure
 
@@ -36,27 +36,27 @@ def judge(run: Run) -> None:
     methods = [config.method] if isinstance(config.method, str) else config.method
     embed = embedder(run) if "tell" in methods else None
     for sheet in answer_sheets(run):
-        said = _Said({"methods": []})
+        judgement = _Judgement({"methods": []})
         if {"score", "pairwise"} & set(methods):
-            said.noted |= {"judge": config.model, "shares_family": _shared(run, sheet)}
+            judgement.noted |= {"judge": config.model, "shares_family": _shared(run, sheet)}
         if "score" in methods:
-            said.figures, rows, noted = score(run, sheet)
-            said.verdicts += rows
-            said.noted |= {"both_orders": config.both_orders, **noted}
-            _note(run, sheet, said, "score")
+            judgement.figures, rows, noted = score(run, sheet)
+            judgement.verdicts += rows
+            judgement.noted |= {"both_orders": config.both_orders, **noted}
+            _note(run, sheet, judgement, "score")
         if "pairwise" in methods:
-            said.pairs, rows = pairwise(run, sheet)
-            said.verdicts += rows
-            _note(run, sheet, said, "pairwise")
+            judgement.pairs, rows = pairwise(run, sheet)
+            judgement.verdicts += rows
+            _note(run, sheet, judgement, "pairwise")
         if "tell" in methods:
-            for model, figures in told(sheet, embed).items():
-                said.figures.setdefault(model, {}).update(figures)
-            _note(run, sheet, said, "tell")
+            for model, figures in tell_figures(sheet, embed).items():
+                judgement.figures.setdefault(model, {}).update(figures)
+            _note(run, sheet, judgement, "tell")
         logger.info("judge %s: done, %s", sheet.name, ", ".join(methods))
 
 
 @dataclass
-class _Said:
+class _Judgement:
     """What has been said of a test set so far."""
 
     noted: Record
@@ -65,23 +65,23 @@ class _Said:
     verdicts: list[Record] = field(default_factory=list)
 
 
-def _note(run: Run, sheet: AnswerSheet, said: _Said, method: str) -> None:
+def _note(run: Run, sheet: AnswerSheet, judgement: _Judgement, method: str) -> None:
     """Put what has been said, by this method too, in place of all that was said of the set before."""
-    said.noted["methods"].append(method)
+    judgement.noted["methods"].append(method)
     summary = run.folder.read_json("summary.json")
     evaluation = summary.setdefault("evaluation", {})
     for sets in evaluation.values():
         for name in _FIGURES:
             sets.get(sheet.name, {}).pop(name, None)
-    for model, figures in said.figures.items():
+    for model, figures in judgement.figures.items():
         records = {name: figure.as_record() for name, figure in figures.items()}
         merge(evaluation, {model: {sheet.name: records}})
-    for section, content in (("pairwise", said.pairs), ("judge", said.noted)):
+    for section, content in (("pairwise", judgement.pairs), ("judge", judgement.noted)):
         summary.setdefault(section, {})[sheet.name] = content
     run.folder.write_json("summary.json", summary)
     file = f"verdicts/{sheet.name}.jsonl"
-    if said.verdicts or (run.folder.path / file).exists():
-        run.folder.write_rows(file, said.verdicts)
+    if judgement.verdicts or (run.folder.path / file).exists():
+        run.folder.write_rows(file, judgement.verdicts)
 
 
 def _shared(run: Run, sheet: AnswerSheet) -> Record:

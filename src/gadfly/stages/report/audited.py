@@ -153,14 +153,14 @@ def _leaks(look: Record) -> list[str]:
 def _takes(look: Record) -> list[str]:
     estimate: dict[str, Any] = look["estimate"]
     stages = listed([f"{stage} {duration(float(seconds))}" for stage, seconds in estimate["seconds"].items()])
-    told = [f"Time, by the pace of the audit, within a factor of two or three: {stages}."]
+    sentences = [f"Time, by the pace of the audit, within a factor of two or three: {stages}."]
     if "peak_bytes" in estimate:
-        told.append(
+        sentences.append(
             f"Memory, by formula at full lengths: {_gigabytes(estimate['peak_bytes'])} of "
             f"{_gigabytes(estimate['memory_bytes'])}; disk: {_gigabytes(estimate['disk_bytes'])} of "
             f"{_gigabytes(estimate['free_disk_bytes'])} free."
         )
-    return told
+    return sentences
 
 
 def _gigabytes(size: int | float) -> str:

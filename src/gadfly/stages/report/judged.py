@@ -6,7 +6,7 @@ from gadfly.stages.report.wording import listed, percent, spoken
 from gadfly.statistics import Figure
 
 # Whose answers the sentence is about: the first two of these.
-_TOLD = ("gad", "seqkd-equal-time", "seqkd", "base")
+_MODELS = ("gad", "seqkd-equal-time", "seqkd", "base")
 
 
 def judge_words(evidence: Evidence, test_set: str) -> str:
@@ -30,19 +30,19 @@ def judge_words(evidence: Evidence, test_set: str) -> str:
 
 def tell_words(figures: Figures) -> str:
     """How often an independent classifier tells the models' answers from the teacher's; empty if unknown."""
-    told = [model for model in _TOLD if "tell_accuracy" in figures.get(model, {})][:2]
-    if not told:
+    models = [model for model in _MODELS if "tell_accuracy" in figures.get(model, {})][:2]
+    if not models:
         return ""
-    first, *others = told
-    shares = [_share(figures[model]["tell_accuracy"]) for model in told]
+    first, *others = models
+    shares = [_share(figures[model]["tell_accuracy"]) for model in models]
     rest = [f", those of {spoken(model)} in {share}" for model, share in zip(others, shares[1:], strict=True)]
     sentence = (
         f"An independent classifier tells {spoken(first)}'s answers from the teacher's in {shares[0]} of "
         f"cases{''.join(rest)}; {percent(0.5)} is chance, and the goal."
     )
-    same_length = [figures[model].get("tell_accuracy_same_length") for model in told]
+    same_length = [figures[model].get("tell_accuracy_same_length") for model in models]
     trimmed = [_share(figure) for figure in same_length if figure]
-    if len(trimmed) < len(told):
+    if len(trimmed) < len(models):
         return sentence
     return f"{sentence} Cut to the same length: {listed(trimmed)}."
 

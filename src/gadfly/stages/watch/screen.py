@@ -59,8 +59,8 @@ def screen(watched: Watched, height: int | None = None) -> list[Line]:
 
 def _line(*pieces: str | Piece) -> Line:
     """A line of pieces, cut and made safe: a line break or a tab would move what is beside it."""
-    told = [(piece, "") if isinstance(piece, str) else piece for piece in pieces]
-    safe = [(visible(text[:_TEXT]).replace("\n", "⏎").replace("\t", " "), style) for text, style in told]
+    styled = [(piece, "") if isinstance(piece, str) else piece for piece in pieces]
+    safe = [(visible(text[:_TEXT]).replace("\n", "⏎").replace("\t", " "), style) for text, style in styled]
     return Line(tuple(safe))
 
 
@@ -79,8 +79,8 @@ def _head(watched: Watched) -> Iterator[Line]:
         full = round(_WIDE * min(share, 1.0))
         left = watched.seconds_left(name) if name == stage and watched.is_running else None
         of = f"{history.step:,} of {total:,} steps" if total else counted(history.step, "step")
-        told = f"  {of}" + (f", {duration(left)} left" if left is not None else "")
-        yield _line(f"  {stage_label(name):<30}", ("━" * full, "green"), ("─" * (_WIDE - full), "dim"), told)
+        steps = f"  {of}" + (f", {duration(left)} left" if left is not None else "")
+        yield _line(f"  {stage_label(name):<30}", ("━" * full, "green"), ("─" * (_WIDE - full), "dim"), steps)
     if stage is None:
         yield _line(("  nothing logged yet", "dim"))
 
@@ -133,11 +133,11 @@ def _alarms(watched: Watched) -> Iterator[Line]:
         return
     for row in watched.remedies:
         changes = row.get("changes")
-        told = [f"{key} = {value}" for key, value in changes.items()] if isinstance(changes, dict) else []
+        changed = [f"{key} = {value}" for key, value in changes.items()] if isinstance(changes, dict) else []
         yield _line(
             ("  went back", "yellow"),
             f"  {row.get('stage')} from step {row.get('step')} to {row.get('back_to')} for {row.get('name')}",
-            f": {', '.join(told)}; seen: {row.get('evidence')}",
+            f": {', '.join(changed)}; seen: {row.get('evidence')}",
         )
     newest = watched.alarms[-_ALARMS:]
     for row in newest:
@@ -160,11 +160,11 @@ def _samples(watched: Watched) -> Iterator[Line]:
     rows = [row for row in watched.samples if (row.get("stage"), row.get("step")) == (stage, step)]
     rollouts = [row for row in rows if row.get("kind") == "rollout"]
     for row in (rollouts or rows)[:1]:
-        yield _said("prompt", row.get("prompt"), "")
-        yield _said("teacher", row.get("teacher"), "green", row.get("teacher_score"))
+        yield _text_line("prompt", row.get("prompt"), "")
+        yield _text_line("teacher", row.get("teacher"), "green", row.get("teacher_score"))
         for sample in _answers(row):
             label = "sample" if "score" in sample else "student"
-            yield _said(label, sample.get("text"), "cyan", sample.get("score"))
+            yield _text_line(label, sample.get("text"), "cyan", sample.get("score"))
 
 
 def _answers(row: Record) -> list[Record]:
@@ -180,6 +180,6 @@ def _score(value: Any) -> float:
     return float(value) if isinstance(value, float) and math.isfinite(value) else -math.inf
 
 
-def _said(who: str, text: Any, style: str, score: Any = None) -> Line:
-    told = f"{number(float(score)):>8}  " if math.isfinite(_score(score)) else " " * 10
-    return _line((f"    {who:<8}", style), (told, "dim"), str(text or "") or ("(empty)", "dim"))
+def _text_line(who: str, text: Any, style: str, score: Any = None) -> Line:
+    score_text = f"{number(float(score)):>8}  " if math.isfinite(_score(score)) else " " * 10
+    return _line((f"    {who:<8}", style), (score_text, "dim"), str(text or "") or ("(empty)", "dim"))

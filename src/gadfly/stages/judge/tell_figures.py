@@ -10,7 +10,7 @@ from gadfly.statistics import Figure
 logger = logging.getLogger(__name__)
 
 
-def told(sheet: AnswerSheet, embed: Embed | None) -> dict[str, dict[str, Figure]]:
+def tell_figures(sheet: AnswerSheet, embed: Embed | None) -> dict[str, dict[str, Figure]]:
     """How often each model's answers are told from the teacher's; 0.5 is chance.
 
     Args:
