@@ -57,13 +57,16 @@ def _run(options: argparse.Namespace) -> None:
     settings = [*(experiment.quick if options.quick else []), *options.settings]
     ground = {**experiment.ground_settings, **(experiment.quick_ground if options.quick else {})}
     count = options.seeds or (1 if options.quick else experiment.seeds)
-    first = experiment.first_seed if options.first is None else options.first
+    first = options.first
+    seeds = experiment.seeds_of_results(count) if first is None else list(range(first, first + count))
     if not options.pages:
-        for seed in range(first, first + count):
+        for seed in seeds:
             run_seed(options.name, experiment, folder, seed, settings, ground, options.arms)
-    results = collect_results(options.name, experiment, folder, settings, first)
     # A quick run shows nothing, and tuning decides nothing: nothing is kept of them but what they print.
-    is_kept = not options.quick and not options.settings and first >= experiment.first_seed
+    is_tuning = bool(set(seeds) & set(experiment.tuning_seeds))
+    is_kept = not (options.quick or options.settings or is_tuning)
+    own = seeds if is_tuning else None
+    results = collect_results(options.name, experiment, folder, settings, ground, own)
     kept = FOLDER / options.name / "results.json"
     if is_kept and kept.exists():
         results = results.with_earlier(json.loads(kept.read_bytes()))

@@ -1,6 +1,7 @@
 """Arms that are not the product: what others say does as well."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,20 @@ from gadfly.stages.sft import fine_tune
 _SAMPLES_PER_PROMPT = 4
 
 
-def train_dpo(run: Run, main: Path) -> None:
+def train_dpo(run: Run, main: Path) -> Path:
     """SFT, then DPO on a static snapshot: the teacher's answer over the SFT student's own.
 
-    The start is the main run's warmed-up student, as it is GAD's. One sample a prompt, drawn once (SODA,
-    arXiv 2604.03873, which pairs teacher responses with a snapshot of the student's); steps, batch and
-    learning rate are those that the recipe has for gad.
+    The start is the main run's warmed-up student, as it is GAD's. One sample a prompt, drawn once, is what it
+    learns to avoid: of that student, where SODA (arXiv 2604.03873) takes the untrained one's, which here may
+    know nothing of the task. Steps, batch and learning rate are those that the arm's recipe has for gad; the
+    rest is trl's default.
 
     Args:
         run: the arm's.
         main: the main run's folder.
+
+    Returns:
+        The folder of the student, under a name for what may not be whole yet.
     """
     import torch  # noqa: PLC0415  the parts of a run load once it is known to be right
     from datasets import Dataset  # noqa: PLC0415
@@ -81,22 +86,36 @@ def train_dpo(run: Run, main: Path) -> None:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    save_language_model(model, renderer.tokenizer, run.folder.path / "student")
+    place = _unfinished(run)
+    save_language_model(model, renderer.tokenizer, place)
+    return place
 
 
-def train_on_samples(run: Run, main: Path) -> None:
-    """SFT on samples of the discriminator's language model, as much of them as it likes to give.
+def train_on_samples(run: Run, main: Path) -> Path:
+    """SFT on samples of the discriminator's language model at the recipe's temperature.
 
     So it is seen whether GAD is only a way round to distil what the discriminator knows. The learning rate,
     its schedule and the number of responses seen are those of `seqkd-equal-time`.
+
+    Args:
+        run: the arm's.
+        main: the main run's folder.
+
+    Returns:
+        A link to the student, under a name for what may not be whole yet.
     """
-    asked: dict[str, dict[str, Any]] = {}
-    for sample in _samples(run, _last(main / "discriminator-lm"), seeds=_SAMPLES_PER_PROMPT):
-        if sample.finished and sample.text:
-            row = asked.setdefault(sample.row.id, {"prompt": sample.row.prompt, "responses": []})
-            row["responses"].append(sample.text)
+    samples = [
+        sample
+        for sample in _samples(run, _last(main / "discriminator-lm"), seeds=_SAMPLES_PER_PROMPT)
+        if sample.text
+    ]
+    rows: dict[str, dict[str, Any]] = {}
+    # A model that has hardly been trained may finish none.
+    for sample in [sample for sample in samples if sample.finished] or samples:
+        row = rows.setdefault(sample.row.id, {"prompt": sample.row.prompt, "responses": []})
+        row["responses"].append(sample.text)
     file = run.folder.path / "samples-of-lm.jsonl"
-    write_text(file, "".join(json.dumps(row) + "\n" for row in asked.values()))
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows.values()))
     plan = json.loads((main / "seqkd-equal-time" / "plan.json").read_text(encoding="utf-8"))
     settings = run.recipe.seqkd
     training = settings.model_copy(
@@ -109,9 +128,18 @@ def train_on_samples(run: Run, main: Path) -> None:
     arm = Run(recipe, run.folder, run.trackers)
     if arm.folder.begin("seqkd", arm.stage_settings("seqkd")):
         fine_tune(arm, "seqkd", recipe.student.model, recipe.student, training)
-    link = run.folder.path / "student"
-    if not link.exists():
-        link.symlink_to(_last(run.folder.stage("seqkd")))
+    link = _unfinished(run)
+    link.symlink_to(_last(run.folder.stage("seqkd")))
+    return link
+
+
+def _unfinished(run: Run) -> Path:
+    """Where an arm may put a student that is not whole yet; what a killed one left there is gone."""
+    place = run.folder.path / "student.unfinished"
+    if place.is_symlink():
+        place.unlink()
+    shutil.rmtree(place, ignore_errors=True)
+    return place
 
 
 @dataclass(frozen=True)

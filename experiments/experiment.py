@@ -1,8 +1,12 @@
 """What an experiment's `experiment.toml` may say."""
 
+import hashlib
+import json
 import tomllib
+from collections.abc import Mapping, Sequence
+from itertools import count, islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -73,13 +77,53 @@ class Experiment(_Table):
     """The same for the ground, in the place of its settings of these names."""
     seeds: Annotated[int, Field(ge=1)] = 5
     """How many the results are meant to have."""
-    first_seed: Annotated[int, Field(ge=1)] = 1
-    """The first of them: those below were used to choose settings."""
+    tuning_seeds: list[int] = [0]
+    """Those that settings were or are to be chosen on; in no table, which has the first of the others."""
 
     @property
     def titles(self) -> dict[str, str]:
         """What every model and arm is called, in the order of the table."""
         return {**self.models, **{name: arm.title for name, arm in self.arms.items()}}
+
+    def seeds_of_results(self, number: int) -> list[int]:
+        """The first seeds that nothing was chosen on.
+
+        Example:
+            >>> load_experiment("records").seeds_of_results(3)
+            [2, 3, 4]
+        """
+        return list(islice((seed for seed in count() if seed not in self.tuning_seeds), number))
+
+    def origins(
+        self, name: str, settings: Sequence[str], ground_settings: Mapping[str, Any]
+    ) -> dict[str, str]:
+        """What makes the figures of every model and arm, as a digest: they change where it does.
+
+        Args:
+            name: the experiment's.
+            settings: more `key=value` for every run.
+            ground_settings: what the ground makes of data and models.
+        """
+        main = [read_recipe(recipe_file(name)), list(settings), dict(ground_settings), self.tells]
+        arms = {
+            arm: _digest([*main, kind.model_dump(exclude={"title"}, exclude_defaults=True)])
+            for arm, kind in self.arms.items()
+        }
+        return {**dict.fromkeys(self.models, _digest(main)), **arms}
+
+
+def recipe_file(name: str) -> Path:
+    """The recipe of an experiment's main run."""
+    return FOLDER / name / "recipe.toml"
+
+
+def read_recipe(file: Path) -> dict[str, Any]:
+    """What a recipe says, whatever its comments."""
+    return tomllib.loads(file.read_text(encoding="utf-8"))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def names() -> list[str]:

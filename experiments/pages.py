@@ -33,8 +33,8 @@ def page() -> str:
     parts = [
         "# Results\n\nWritten by `python -m experiments`, from the folders of [experiments](../experiments); "
         "each has set-up, reading and all figures by seed. Intervals are 95 %, Student's t over seeds; "
-        "differences are paired by seed. A claim *holds* or *does not hold* where the interval of its "
-        "difference is on one side of zero.\n"
+        "differences are paired by seed; *2 of 5* beside a figure: so many seeds have it. A claim *holds* or "
+        "*does not hold* where the interval of its difference is on one side of zero.\n"
     ]
     for name in names():
         readme = (FOLDER / name / "README.md").read_text(encoding="utf-8")
@@ -72,10 +72,10 @@ def _table(experiment: Experiment, results: Results) -> str:
     for model, title in experiment.titles.items():
         if model not in results.figures:
             continue
-        cells = [_cell(results.figure(model, figure)) for figure in columns]
+        count = len(results.figures[model].get(experiment.figure, {}))
+        cells = [_cell(results.figure(model, figure), count) for figure in columns]
         seconds = results.seconds.get(model, {})
         took = f"{sum(seconds.values()) / len(seconds):.0f}" if seconds else "–"  # noqa: RUF001
-        count = len(results.figures[model].get(experiment.figure, {}))
         lines.append(f"| {title} | " + " | ".join([*cells, took, str(count)]) + " |")
     return "\n".join(lines)
 
@@ -98,12 +98,13 @@ def _count(verdict: Verdict) -> str:
     return str(verdict.difference.n if verdict.difference else 0)
 
 
-def _cell(figure: Figure | None) -> str:
+def _cell(figure: Figure | None, seeds: int) -> str:
     if figure is None:
         return "–"  # noqa: RUF001
     # Half of the interval's width: it is the same on both sides.
     half = f" ± {figure.high - figure.value:.3f}" if figure.n > 1 else ""
-    return f"{figure.value:.3f}{half}"
+    fewer = "" if figure.n == seeds else f" ({figure.n} of {seeds})"
+    return f"{figure.value:.3f}{half}{fewer}"
 
 
 def _ends(figure: Figure) -> str:

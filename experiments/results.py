@@ -29,7 +29,7 @@ class Verdict:
         low, high = self.difference.low, self.difference.high
         if self.claim.lower_is_better:
             low, high = -high, -low
-        # One seed, or no spread at all, shows nothing of what another seed would give.
+        # One seed shows nothing of what another would give.
         if self.difference.n < 2:
             return "unclear"
         return "holds" if low > 0 else "does not hold" if high < 0 else "unclear"
@@ -45,7 +45,7 @@ class Results:
     seconds: Mapping[str, Values]
     """What the training of a model took, by model."""
     facts: Mapping[str, Any]
-    """Command, date, machine, versions."""
+    """Command, date, machine, versions; `origins`, the digest of what made each model's figures."""
 
     def figure(self, model: str, name: str) -> Figure | None:
         """Mean over seeds with Student's t interval; None where no seed has it."""
@@ -78,22 +78,26 @@ class Results:
     def with_earlier(self, record: Mapping[str, Any]) -> "Results":
         """These, and what `results.json` holds of other seeds and arms, whose run folders may be elsewhere.
 
-        Nothing is taken from a record that another command made.
+        Nothing is taken from a record that another command made, or of models and arms that were others then.
         """
-        if record["command"] != self.facts["command"]:
+        before, now = record.get("origins", {}), self.facts["origins"]
+        same = [model for model in record["figures"] if model in now and before.get(model) == now[model]]
+        if record["command"] != self.facts["command"] or "gad" not in same:
             return self
         seeds = tuple(sorted({*self.seeds, *record["seeds"]}))
+        earlier = {model: record["figures"][model] for model in same}
         figures = {
             model: {
-                name: _by_seed(record["figures"].get(model, {}).get(name, {})) | dict(own.get(name, {}))
-                for name in [*record["figures"].get(model, {}), *own]
+                name: _by_seed(earlier.get(model, {}).get(name, {})) | dict(own.get(name, {}))
+                for name in [*earlier.get(model, {}), *own]
             }
-            for model in [*record["figures"], *self.figures]
+            for model in [*earlier, *self.figures]
             for own in [self.figures.get(model, {})]
         }
+        took = {model: record["seconds"][model] for model in same if model in record["seconds"]}
         seconds = {
-            model: _by_seed(record["seconds"].get(model, {})) | dict(self.seconds.get(model, {}))
-            for model in [*record["seconds"], *self.seconds]
+            model: _by_seed(took.get(model, {})) | dict(self.seconds.get(model, {}))
+            for model in [*took, *self.seconds]
         }
         machines = {*record["machine"].split("; "), *self.facts["machine"].split("; ")} - {""}
         facts = {
@@ -101,21 +105,38 @@ class Results:
             **self.facts,
             "date": max(record["date"], self.facts["date"]),
             "machine": "; ".join(sorted(machines)),
+            "packages": self.facts["packages"] or record["packages"],
         }
         known = {name: facts[name] for name in self.facts}
         return Results(seeds, figures, seconds, known)
 
 
 def collect_results(
-    name: str, experiment: Experiment, folder: Path, settings: Sequence[str], first: int
+    name: str,
+    experiment: Experiment,
+    folder: Path,
+    settings: Sequence[str],
+    ground_settings: Mapping[str, Any],
+    seeds: Sequence[int] | None,
 ) -> Results:
-    """Read what the seeds in a folder have measured, from a first one on: those below are for tuning."""
+    """Read what the seeds in a folder have measured, as far as it is of these settings.
+
+    Args:
+        name: the experiment's.
+        experiment: what it consists of.
+        folder: where its seeds are.
+        settings: more `key=value` of every run.
+        ground_settings: what the ground made of data and models.
+        seeds: which. Default: all that nothing was chosen on.
+    """
     figures: dict[str, dict[str, dict[int, float]]] = {}
     seconds: dict[str, dict[int, float]] = {}
+    origins = experiment.origins(name, settings, ground_settings)
     places = [
         place
         for place in sorted(folder.glob("seed-*"), key=_seed)
-        if _seed(place) >= first and (place / "measured.json").exists()
+        if (_seed(place) not in experiment.tuning_seeds if seeds is None else _seed(place) in seeds)
+        and _is_of(place, origins["gad"])
     ]
     for place in places:
         seed = _seed(place)
@@ -128,7 +149,7 @@ def collect_results(
                 seconds.setdefault(model, {})[seed] = sum(took.get(part, 0.0) for part in parts)
         for arm, kind in experiment.arms.items():
             run = RunFolder(place / "arms" / arm)
-            if run.read_json("measured.json"):
+            if _is_of(run.path, origins[arm]):
                 summary = run.read_json("summary.json")
                 # An arm's run generates its own student alone; the teacher's figures may stand beside it.
                 (own,) = (model for model in summary["evaluation"] if model != "teacher")
@@ -139,7 +160,12 @@ def collect_results(
                 own_seconds = sum(float(facts["seconds"]) for facts in timed)
                 shared = sum(took.get(stage, 0.0) for stage in kind.shared_stages)
                 seconds.setdefault(arm, {})[seed] = own_seconds + shared
-    return Results(tuple(map(_seed, places)), figures, seconds, _facts(name, settings, places))
+    facts = _facts(name, settings, places) | {"origins": origins}
+    return Results(tuple(map(_seed, places)), figures, seconds, facts)
+
+
+def _is_of(place: Path, origin: str) -> bool:
+    return RunFolder(place).read_json("measured.json").get("origin") == origin
 
 
 def _seed(place: Path) -> int:

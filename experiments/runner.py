@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.arms import train_dpo, train_on_samples
-from experiments.experiment import FOLDER, Arm, Experiment
+from experiments.experiment import Arm, Experiment, read_recipe, recipe_file
 from experiments.grounds import Ground, open_ground, reward_functions
+from gadfly.errors import ConfigError
 from gadfly.recipe_file import load_recipe
 from gadfly.run_folder import RunFolder
 from gadfly.stages.pipeline import stage
@@ -24,6 +25,7 @@ from gadfly.stages.run import Run, open_run
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = "delete the folder, or name another with --folder"
 _MAIN = ("seqkd", "warmup", "gad", "seqkd-equal-time")
 
 
@@ -46,32 +48,46 @@ def run_seed(
         settings: more `key=value` for every run.
         ground_settings: what the ground makes of data and models.
         arms: only these beside the main run. Default: all.
+
+    Raises:
+        ConfigError: what is there was made by another recipe, other settings or another arm of that name.
     """
     place = folder.resolve() / f"seed-{seed}"
     ground = open_ground(experiment.ground)
+    origins = experiment.origins(name, settings, ground_settings)
+    main = origins["gad"]
     if not (place / "recipe.toml").exists():
         ground.prepare(place, seed, ground_settings)
         # Last: with it, everything is there.
-        shutil.copyfile(FOLDER / name / "recipe.toml", place / "recipe.toml")
+        shutil.copyfile(recipe_file(name), place / "recipe.toml")
+    elif read_recipe(place / "recipe.toml") != read_recipe(recipe_file(name)):
+        raise ConfigError(f"{place}: begun with another {recipe_file(name)}; {_REMEDY}")
     own = [f"seed={seed}", f'run_folder="{place}"', *settings]
     with open_run(load_recipe(place / "recipe.toml", own)) as run:
-        if not run.folder.read_json("measured.json"):
+        if not _is_measured(run.folder, main):
             for stage_name in _MAIN:
                 if stage_name in experiment.models:
                     stage(stage_name)(run)
             stage("generate")(run)
             if experiment.tells:
                 stage("judge")(run)
-            _measure(ground, run, ground_settings)
+            _measure(ground, run, ground_settings, main)
     for arm_name in experiment.arms if arms is None else arms:
         arm = experiment.arms[arm_name]
         where = place / "arms" / arm_name
         recipe = load_recipe(place / "recipe.toml", [*own, *_settings(place, arm, where)])
         with open_run(recipe, reward_functions=reward_functions(ground, recipe)) as run:
-            if not RunFolder(where).read_json("measured.json"):
+            if not _is_measured(run.folder, origins[arm_name]):
                 logger.info("%s, seed %d: %s", name, seed, arm_name)
                 _run_arm(arm, place, run, tells=experiment.tells)
-                _measure(ground, run, ground_settings)
+                _measure(ground, run, ground_settings, origins[arm_name])
+
+
+def _is_measured(folder: RunFolder, origin: str) -> bool:
+    measured = folder.read_json("measured.json")
+    if measured and measured.get("origin") != origin:
+        raise ConfigError(f"{folder.path}: measured with another recipe, arm or settings; {_REMEDY}")
+    return bool(measured)
 
 
 def _settings(place: Path, arm: Arm, where: Path) -> list[str]:
@@ -90,16 +106,19 @@ def _run_arm(arm: Arm, place: Path, run: Run, *, tells: bool) -> None:
     elif not (run.folder.path / "student").exists():
         train = train_dpo if arm.kind == "dpo" else train_on_samples
         began = time.perf_counter()
-        train(run, place)
+        trained = train(run, place)
         run.folder.update_summary("stages", {"student": {"seconds": round(time.perf_counter() - began, 3)}})
+        # Last: with it, the arm is trained.
+        trained.rename(run.folder.path / "student")
     stage("generate")(run)
     if tells:
         stage("judge")(run)
 
 
-def _measure(ground: Ground, run: Run, settings: Mapping[str, Any]) -> None:
+def _measure(ground: Ground, run: Run, settings: Mapping[str, Any], origin: str) -> None:
     ground.measure(run, settings)
-    run.folder.write_json("measured.json", {"date": datetime.date.today().isoformat(), "machine": _machine()})
+    date = datetime.date.today().isoformat()
+    run.folder.write_json("measured.json", {"date": date, "machine": _machine(), "origin": origin})
 
 
 def _machine() -> str:

@@ -150,7 +150,8 @@ def test_an_arm_that_an_experiment_does_not_have_is_refused(tmp_path: Path) -> N
 
 
 def test_results_of_other_seeds_and_arms_are_kept_beside_new_ones() -> None:
-    facts = {"experiment": "x", "command": "c", "packages": {}}
+    origins = {"gad": "1", "dpo": "2", "oracle": "3"}
+    facts = {"experiment": "x", "command": "c", "packages": {}, "origins": origins}
     old = Results(
         (1, 2),
         {"gad": {"f": {1: 0.1, 2: 0.2}}, "dpo": {"f": {1: 0.5}}},
@@ -173,6 +174,19 @@ def test_results_of_other_seeds_and_arms_are_kept_beside_new_ones() -> None:
     assert new.with_earlier(other) == new
 
 
+def test_results_of_another_recipe_or_arm_of_that_name_are_not_kept() -> None:
+    facts = {"experiment": "x", "command": "c", "packages": {}, "date": "2026-01-01", "machine": "a"}
+    figures = {"gad": {"f": {1: 0.1}}, "dpo": {"f": {1: 0.5}}}
+
+    def made_by(gad: str, dpo: str) -> Results:
+        return Results((1,), figures, {}, facts | {"origins": {"gad": gad, "dpo": dpo}})
+
+    now = replace(made_by("1", "2"), seeds=(2,), figures={"gad": {"f": {2: 0.3}}})
+    assert now.with_earlier(made_by("1", "2").as_record()).figures["dpo"] == {"f": {1: 0.5}}
+    assert now.with_earlier(made_by("1", "9").as_record()).figures == {"gad": {"f": {1: 0.1, 2: 0.3}}}
+    assert now.with_earlier(made_by("9", "2").as_record()) == now
+
+
 def experiment(*arguments: object) -> str:
     command = [sys.executable, "-m", "experiments", *map(str, arguments)]
     ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=280)
@@ -192,9 +206,26 @@ def test_the_mixture_runs_and_what_is_done_is_not_done_again(tmp_path: Path) -> 
 def test_seeds_that_settings_were_chosen_on_are_in_no_table(tmp_path: Path) -> None:
     experiment("mixture", "--quick", "--folder", tmp_path)
     shutil.copytree(tmp_path / "mixture-quick" / "seed-1", tmp_path / "mixture-quick" / "seed-0")
-    everything = experiment("mixture", "--quick", "--pages", "--first", 0, "--folder", tmp_path)
-    assert ", seeds 0, 1;" in everything
+    both = experiment("mixture", "--quick", "--pages", "--first", 0, "--seeds", 2, "--folder", tmp_path)
+    assert ", seeds 0, 1;" in both
     assert ", seeds 1;" in experiment("mixture", "--quick", "--pages", "--folder", tmp_path)
+
+
+def test_what_was_measured_with_other_settings_is_refused_and_in_no_table(tmp_path: Path) -> None:
+    experiment("mixture", "--quick", "--folder", tmp_path)
+    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(tmp_path)]
+    other = [*command, "gad.max_steps=3"]
+    ended = subprocess.run(other, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    refusal = (
+        f"{tmp_path / 'mixture-quick' / 'seed-1'}: measured with another recipe, arm or settings; delete"
+    )
+    assert ended.stderr.splitlines()[-1].startswith(refusal)
+    assert "no seed has been run" in experiment(*command[3:], "--pages", "gad.max_steps=3")
+    recipe = tmp_path / "mixture-quick" / "seed-1" / "recipe.toml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("seed = 0", "seed = 9"), encoding="utf-8")
+    ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
+    assert ended.stderr.splitlines()[-1].startswith(f"{recipe.parent}: begun with another ")
 
 
 def test_settings_may_stand_behind_options(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from experiments.experiment import FOLDER
+from experiments.training import summarise_training
 from gadfly.analysis.tell_model import open_embedder
 from gadfly.errors import ConfigError
 from gadfly.models import load_language_model
@@ -66,7 +67,10 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
 
 
 def measure(run: Run, settings: Mapping[str, Any]) -> None:
-    """Of every model: what was forgotten, and how often a second classifier tells its answers."""
+    """Of every model: what was forgotten, and how often a second classifier tells its answers; of gad also
+    means of its last steps.
+    """
+    summarise_training(run)
     _measure_forgetting(run, settings)
     # The judge's classifier counts n-grams; this one reads hidden states of the student before any training.
     embed = open_embedder(str(_folder(settings, "model")))

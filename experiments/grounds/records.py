@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.ranking import in_group_ranking
+from experiments.training import summarise_training
 from gadfly.checkpoint import latest_checkpoint
 from gadfly.data.dataset import load_rows
 from gadfly.demo.demo import count_valid_answers
@@ -31,13 +32,10 @@ from gadfly.demo.scripted_teacher import (
 from gadfly.groups import Branch
 from gadfly.records import Row
 from gadfly.stages.run import Run
-from gadfly.statistics import mean, share
+from gadfly.statistics import share
 
 # Width and layers: about as many parameters as the student has, and three times as many as the usual one.
 _OTHER_DISCRIMINATORS = {"same-size": (32, 1), "larger": (96, 3)}
-# Metrics of gad's steps of which the last ones' mean is a figure.
-_TRAINING = ("discriminator/accuracy", "detail/score_rms")
-_LAST_STEPS = 30
 _RANKED_PROMPTS = 128
 # Of the 64 pairs of food and city, those that training never shows.
 _UNSEEN_PAIRS = 8
@@ -56,6 +54,8 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
     for name, (size, layers) in _OTHER_DISCRIMINATORS.items():
         other = folder / "models-other"
         save_models(other, seed, discriminator_size=size, discriminator_layers=layers)
+        # Of a run that was killed here.
+        shutil.rmtree(folder / "models" / name, ignore_errors=True)
         (other / "discriminator").rename(folder / "models" / name)
         shutil.rmtree(other)
     count, num_held_out = int(settings.get("records", 4096)), int(settings.get("held_out", 512))
@@ -103,11 +103,7 @@ def measure(run: Run, settings: Mapping[str, Any]) -> None:
             repeated = share([judge(parse_prompt(prompt), text).why == "repeated" for prompt, text in texts])
             figures = {file.stem: {"repeated_fraction": repeated.as_record()}}
             run.folder.update_summary("evaluation", {model: figures})
-    rows = [row for row in run.folder.rows("metrics.jsonl") if row["stage"] == "gad"]
-    steps = [row for row in rows if _TRAINING[0] in row][-_LAST_STEPS:]
-    if steps:
-        training = {name: mean([row[name] for row in steps]).as_record() for name in _TRAINING}
-        run.folder.update_summary("evaluation", {"gad": {"training": training}})
+    summarise_training(run)
     evaluated = run.folder.read_json("summary.json")["evaluation"]
     for stage in ("warmup", "gad"):
         checkpoint = latest_checkpoint(run.folder.stage(stage))
