@@ -178,7 +178,7 @@ def save_discriminator(
         scored_in: the type that those were computed in.
     """
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "score_head": {}}
-    for name, value in (state or model.state_dict()).items():
+    for name, value in (model.state_dict() if state is None else state).items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value.contiguous()
     model.backbone.save_pretrained(folder, state_dict=parts["backbone"])
