@@ -104,7 +104,8 @@ class Experiment(_Table):
             settings: more `key=value` for every run.
             ground_settings: what the ground makes of data and models.
         """
-        main = [read_recipe(recipe_file(name)), list(settings), dict(ground_settings), self.tells]
+        recipe = tomllib.loads(recipe_file(name).read_text(encoding="utf-8"))
+        main = [recipe, list(settings), dict(ground_settings), self.tells]
         arms = {
             arm: _digest([*main, kind.model_dump(exclude={"title"}, exclude_defaults=True)])
             for arm, kind in self.arms.items()
@@ -115,11 +116,6 @@ class Experiment(_Table):
 def recipe_file(name: str) -> Path:
     """The recipe of an experiment's main run."""
     return FOLDER / name / "recipe.toml"
-
-
-def read_recipe(file: Path) -> dict[str, Any]:
-    """What a recipe says, whatever its comments."""
-    return tomllib.loads(file.read_text(encoding="utf-8"))
 
 
 def _digest(value: Any) -> str:

@@ -165,7 +165,8 @@ def collect_results(
 
 
 def _is_of(place: Path, origin: str) -> bool:
-    return RunFolder(place).read_json("measured.json").get("origin") == origin
+    run = RunFolder(place)
+    return bool(run.read_json("measured.json")) and run.read_json("origin.json").get("origin") == origin
 
 
 def _seed(place: Path) -> int:

@@ -1,6 +1,7 @@
 """Runs the arms of an experiment, seed by seed. What is done already is not done again.
 
 SEED/recipe.toml, data/, models/     what the ground made
+SEED/origin.json                     a digest of what all this is made by; so for each arm
 SEED/                                the main run: seqkd, warmup, gad, seqkd-equal-time, generate
 SEED/arms/ARM/                       each arm's own run folder
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.arms import train_dpo, train_on_samples
-from experiments.experiment import Arm, Experiment, read_recipe, recipe_file
+from experiments.experiment import Arm, Experiment, recipe_file
 from experiments.grounds import Ground, open_ground, reward_functions
 from gadfly.errors import ConfigError
 from gadfly.recipe_file import load_recipe
@@ -25,7 +26,7 @@ from gadfly.stages.run import Run, open_run
 
 logger = logging.getLogger(__name__)
 
-_REMEDY = "delete the folder, or name another with --folder"
+_REMEDY = "delete it, or name another folder with --folder"
 _MAIN = ("seqkd", "warmup", "gad", "seqkd-equal-time")
 
 
@@ -50,44 +51,45 @@ def run_seed(
         arms: only these beside the main run. Default: all.
 
     Raises:
-        ConfigError: what is there was made by another recipe, other settings or another arm of that name.
+        ConfigError: what is there was begun with another recipe, other settings or another arm of that name.
     """
     place = folder.resolve() / f"seed-{seed}"
     ground = open_ground(experiment.ground)
     origins = experiment.origins(name, settings, ground_settings)
-    main = origins["gad"]
+    _begin(place, origins["gad"])
     if not (place / "recipe.toml").exists():
         ground.prepare(place, seed, ground_settings)
         # Last: with it, everything is there.
         shutil.copyfile(recipe_file(name), place / "recipe.toml")
-    elif read_recipe(place / "recipe.toml") != read_recipe(recipe_file(name)):
-        raise ConfigError(f"{place}: begun with another {recipe_file(name)}; {_REMEDY}")
     own = [f"seed={seed}", f'run_folder="{place}"', *settings]
     with open_run(load_recipe(place / "recipe.toml", own)) as run:
-        if not _is_measured(run.folder, main):
+        if not run.folder.read_json("measured.json"):
             for stage_name in _MAIN:
                 if stage_name in experiment.models:
                     stage(stage_name)(run)
             stage("generate")(run)
             if experiment.tells:
                 stage("judge")(run)
-            _measure(ground, run, ground_settings, main)
+            _measure(ground, run, ground_settings)
     for arm_name in experiment.arms if arms is None else arms:
         arm = experiment.arms[arm_name]
         where = place / "arms" / arm_name
+        _begin(where, origins[arm_name])
         recipe = load_recipe(place / "recipe.toml", [*own, *_settings(place, arm, where)])
         with open_run(recipe, reward_functions=reward_functions(ground, recipe)) as run:
-            if not _is_measured(run.folder, origins[arm_name]):
+            if not run.folder.read_json("measured.json"):
                 logger.info("%s, seed %d: %s", name, seed, arm_name)
                 _run_arm(arm, place, run, tells=experiment.tells)
-                _measure(ground, run, ground_settings, origins[arm_name])
+                _measure(ground, run, ground_settings)
 
 
-def _is_measured(folder: RunFolder, origin: str) -> bool:
-    measured = folder.read_json("measured.json")
-    if measured and measured.get("origin") != origin:
-        raise ConfigError(f"{folder.path}: measured with another recipe, arm or settings; {_REMEDY}")
-    return bool(measured)
+def _begin(path: Path, origin: str) -> None:
+    """Note first of all what the folder's figures are made by: whatever it holds later is of that."""
+    path.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(path)
+    if folder.read_json("origin.json").get("origin", origin) != origin:
+        raise ConfigError(f"{path}: begun with another recipe, arm or settings; {_REMEDY}")
+    folder.write_json("origin.json", {"origin": origin})
 
 
 def _settings(place: Path, arm: Arm, where: Path) -> list[str]:
@@ -115,10 +117,10 @@ def _run_arm(arm: Arm, place: Path, run: Run, *, tells: bool) -> None:
         stage("judge")(run)
 
 
-def _measure(ground: Ground, run: Run, settings: Mapping[str, Any], origin: str) -> None:
+def _measure(ground: Ground, run: Run, settings: Mapping[str, Any]) -> None:
     ground.measure(run, settings)
     date = datetime.date.today().isoformat()
-    run.folder.write_json("measured.json", {"date": date, "machine": _machine(), "origin": origin})
+    run.folder.write_json("measured.json", {"date": date, "machine": _machine()})
 
 
 def _machine() -> str:

@@ -211,21 +211,31 @@ def test_seeds_that_settings_were_chosen_on_are_in_no_table(tmp_path: Path) -> N
     assert ", seeds 1;" in experiment("mixture", "--quick", "--pages", "--folder", tmp_path)
 
 
-def test_what_was_measured_with_other_settings_is_refused_and_in_no_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_what_was_begun_with_other_settings_is_refused_and_in_no_table(
+    is_killed: bool, tmp_path: Path
+) -> None:
     experiment("mixture", "--quick", "--folder", tmp_path)
+    if is_killed:
+        (tmp_path / "mixture-quick" / "seed-1" / "measured.json").unlink()
     command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(tmp_path)]
     other = [*command, "gad.max_steps=3"]
     ended = subprocess.run(other, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
-    refusal = (
-        f"{tmp_path / 'mixture-quick' / 'seed-1'}: measured with another recipe, arm or settings; delete"
-    )
+    refusal = f"{tmp_path / 'mixture-quick' / 'seed-1'}: begun with another recipe, arm or settings; delete"
     assert ended.stderr.splitlines()[-1].startswith(refusal)
     assert "no seed has been run" in experiment(*command[3:], "--pages", "gad.max_steps=3")
-    recipe = tmp_path / "mixture-quick" / "seed-1" / "recipe.toml"
-    recipe.write_text(recipe.read_text(encoding="utf-8").replace("seed = 0", "seed = 9"), encoding="utf-8")
+
+
+def test_an_arm_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
+    experiment("mixture", "--quick", "--folder", tmp_path)
+    arm = tmp_path / "mixture-quick" / "seed-1" / "arms" / "gad-frozen-discriminator"
+    (arm / "measured.json").unlink()
+    (arm / "origin.json").write_text('{"origin": "that of other settings"}', encoding="utf-8")
+    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(tmp_path)]
     ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
-    assert ended.stderr.splitlines()[-1].startswith(f"{recipe.parent}: begun with another ")
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(f"{arm}: begun with another recipe, arm or settings")
 
 
 def test_settings_may_stand_behind_options(tmp_path: Path) -> None:
