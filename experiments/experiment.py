@@ -51,6 +51,8 @@ class Claim(_Table):
     figure: str | None = None
     """Default: the experiment's own."""
     lower_is_better: bool = False
+    paper: str | None = None
+    """The claim of the paper that it tests again, in the words of `docs/results.md`."""
 
 
 class Experiment(_Table):
@@ -58,6 +60,8 @@ class Experiment(_Table):
 
     title: str
     question: str
+    recipe: str
+    """Whose `recipe.toml` the main run has: its own experiment's, or that of the one it is like."""
     ground: Literal["mixture", "records", "stories", "answers"]
     """Who makes data and models, and what is measured."""
     ground_settings: dict[str, int | float | str | list[float]] = {}
@@ -85,6 +89,11 @@ class Experiment(_Table):
         """What every model and arm is called, in the order of the table."""
         return {**self.models, **{name: arm.title for name, arm in self.arms.items()}}
 
+    @property
+    def recipe_file(self) -> Path:
+        """The recipe of the main run."""
+        return FOLDER / self.recipe / "recipe.toml"
+
     def seeds_of_results(self, number: int) -> list[int]:
         """The first seeds that nothing was chosen on.
 
@@ -94,28 +103,20 @@ class Experiment(_Table):
         """
         return list(islice((seed for seed in count() if seed not in self.tuning_seeds), number))
 
-    def origins(
-        self, name: str, settings: Sequence[str], ground_settings: Mapping[str, Any]
-    ) -> dict[str, str]:
+    def origins(self, settings: Sequence[str], ground_settings: Mapping[str, Any]) -> dict[str, str]:
         """What makes the figures of every model and arm, as a digest: they change where it does.
 
         Args:
-            name: the experiment's.
             settings: more `key=value` for every run.
             ground_settings: what the ground makes of data and models.
         """
-        recipe = tomllib.loads(recipe_file(name).read_text(encoding="utf-8"))
+        recipe = tomllib.loads(self.recipe_file.read_text(encoding="utf-8"))
         main = [recipe, list(settings), dict(ground_settings), self.tells]
         arms = {
             arm: _digest([*main, kind.model_dump(exclude={"title"}, exclude_defaults=True)])
             for arm, kind in self.arms.items()
         }
         return {**dict.fromkeys(self.models, _digest(main)), **arms}
-
-
-def recipe_file(name: str) -> Path:
-    """The recipe of an experiment's main run."""
-    return FOLDER / name / "recipe.toml"
 
 
 def _digest(value: Any) -> str:
@@ -130,6 +131,9 @@ def names() -> list[str]:
 def load_experiment(name: str) -> Experiment:
     """Read an experiment.
 
+    One that is `like` another has its recipe and whatever it does not say itself, but none of its arms and
+    claims.
+
     Raises:
         ConfigError: there is none of that name, or its file is wrong.
     """
@@ -137,6 +141,14 @@ def load_experiment(name: str) -> Experiment:
     if not file.is_file():
         raise ConfigError(f"experiments: no experiment {name!r}; there are {', '.join(names())}")
     try:
-        return Experiment.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, ValidationError) as mistake:
+        return Experiment.model_validate(_tables(name))
+    except (OSError, tomllib.TOMLDecodeError, ValidationError) as mistake:
         raise ConfigError(f"{file}: {mistake}") from mistake
+
+
+def _tables(name: str) -> dict[str, Any]:
+    own = tomllib.loads((FOLDER / name / "experiment.toml").read_text(encoding="utf-8"))
+    like = own.pop("like", None)
+    if like is None:
+        return {"recipe": name, **own}
+    return {key: value for key, value in _tables(like).items() if key not in ("arms", "claims")} | own

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.experiment import FOLDER, Experiment, load_experiment, names
@@ -36,6 +37,7 @@ def page() -> str:
         "differences are paired by seed; *2 of 5* beside a figure: so many seeds have it. A claim *holds* or "
         "*does not hold* where the interval of its difference is on one side of zero.\n"
     ]
+    again: dict[str, list[str]] = {}
     for name in names():
         readme = (FOLDER / name / "README.md").read_text(encoding="utf-8")
         found = re.search(re.escape(_BEGIN) + "\n(.*)" + re.escape(_END), readme, re.DOTALL)
@@ -45,7 +47,24 @@ def page() -> str:
             parts.append(
                 f"## [{experiment.title}](../experiments/{name}/README.md)\n\n{experiment.question}\n{block}"
             )
+            for claim in experiment.claims:
+                (row,) = (line for line in block.splitlines() if line.startswith(f"| {claim.says} |"))
+                if claim.paper:
+                    where = f"[{name}](../experiments/{name}/README.md)"
+                    again.setdefault(claim.paper, []).append(f"| {where} {row}")
+    parts.insert(1, _tested_again(again))
     return "\n".join(parts)
+
+
+def _tested_again(claims: Mapping[str, Sequence[str]]) -> str:
+    """Every claim of the paper that an experiment tests, with what each says of it."""
+    lines = [
+        "## The paper's claims\n",
+        "| of the paper | in | as tested | verdict | difference | seeds |",
+        "|---" * 6 + "|",
+    ]
+    lines += [f"| {claim} {row}" for claim, rows in claims.items() for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def _block(name: str, experiment: Experiment, results: Results) -> str:

@@ -131,7 +131,7 @@ def collect_results(
     """
     figures: dict[str, dict[str, dict[int, float]]] = {}
     seconds: dict[str, dict[int, float]] = {}
-    origins = experiment.origins(name, settings, ground_settings)
+    origins = experiment.origins(settings, ground_settings)
     places = [
         place
         for place in sorted(folder.glob("seed-*"), key=_seed)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.arms import train_dpo, train_on_samples
-from experiments.experiment import Arm, Experiment, recipe_file
+from experiments.experiment import Arm, Experiment
 from experiments.grounds import Ground, open_ground, reward_functions
 from gadfly.errors import ConfigError
 from gadfly.recipe_file import load_recipe
@@ -55,12 +55,12 @@ def run_seed(
     """
     place = folder.resolve() / f"seed-{seed}"
     ground = open_ground(experiment.ground)
-    origins = experiment.origins(name, settings, ground_settings)
+    origins = experiment.origins(settings, ground_settings)
     _begin(place, origins["gad"])
     if not (place / "recipe.toml").exists():
         ground.prepare(place, seed, ground_settings)
         # Last: with it, everything is there.
-        shutil.copyfile(recipe_file(name), place / "recipe.toml")
+        shutil.copyfile(experiment.recipe_file, place / "recipe.toml")
     own = [f"seed={seed}", f'run_folder="{place}"', *settings]
     with open_run(load_recipe(place / "recipe.toml", own)) as run:
         if not run.folder.read_json("measured.json"):

@@ -91,8 +91,28 @@ def test_every_recipe_is_right_with_the_settings_of_every_arm(name: str, tmp_pat
     experiment = load_experiment(name)
     for settings in [experiment.quick, *(arm.settings for arm in experiment.arms.values())]:
         own = [setting.replace("{seed}", str(tmp_path)) for setting in settings]
-        recipe = load_recipe(FOLDER / name / "recipe.toml", own)
+        recipe = load_recipe(experiment.recipe_file, own)
         assert set(experiment.models) == set(recipe.generate.checkpoints)
+
+
+def test_an_experiment_like_another_differs_in_what_it_says_itself_and_has_claims_of_its_own() -> None:
+    own, other = load_experiment("ten-classes"), load_experiment("mixture")
+    assert (own.figures, own.models, own.recipe_file) == (other.figures, other.models, other.recipe_file)
+    assert own.ground_settings["classes"] == 10
+    assert other.arms
+    assert not own.arms
+    assert own.origins([], own.ground_settings)["gad"] != other.origins([], other.ground_settings)["gad"]
+
+
+def test_every_claim_of_the_paper_is_listed_with_the_verdict_of_each_experiment() -> None:
+    text = page()
+    _, listed, *experiments = text.split("\n## ")
+    rows = [line.split(" | ", 2) for line in listed.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len({(claim, where, said) for claim, where, said in rows}) > 8
+    for _, where, said in rows:
+        name = where.partition("]")[0].removeprefix("[")
+        (block,) = (part for part in experiments if f"](../experiments/{name}/README.md)" in part)
+        assert f"\n| {said}" in block
 
 
 def test_the_page_of_results_is_as_the_experiments_have_it() -> None:
@@ -246,7 +266,9 @@ def test_settings_may_stand_behind_options(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["records", "memory", "instability", "stories"])
+@pytest.mark.parametrize(
+    "name", ["records", "memory", "few-records", "many-records", "ten-classes", "instability", "stories"]
+)
 def test_every_other_experiment_runs_at_its_smallest(name: str, tmp_path: Path) -> None:
     settings = load_experiment(name).ground_settings
     if "models" in settings and not (FOLDER.parent / str(settings["models"])).is_dir():
