@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.experiment import FOLDER, Experiment, load_experiment, names
@@ -31,40 +31,46 @@ def write_pages(name: str, experiment: Experiment, results: Results, *, is_kept:
 
 def page() -> str:
     """`docs/results.md`: question and results of every experiment that has been run."""
+    blocks = {name: block for name in names() if (block := _kept_block(name))}
     parts = [
         "# Results\n\nWritten by `python -m experiments`, from the folders of [experiments](../experiments); "
         "each has set-up, reading and all figures by seed. Intervals are 95 %, Student's t over seeds; "
         "differences are paired by seed; *2 of 5* beside a figure: so many seeds have it. A claim *holds* or "
-        "*does not hold* where the interval of its difference is on one side of zero.\n"
+        "*does not hold* where the interval of its difference is on one side of zero.\n",
+        _tested_again(blocks),
     ]
-    again: dict[str, list[str]] = {}
-    for name in names():
-        readme = (FOLDER / name / "README.md").read_text(encoding="utf-8")
-        found = re.search(re.escape(_BEGIN) + "\n(.*)" + re.escape(_END), readme, re.DOTALL)
-        if found and (FOLDER / name / "results.json").exists():
-            experiment = load_experiment(name)
-            block = found[1].replace("](figure.svg)", f"](../experiments/{name}/figure.svg)")
-            parts.append(
-                f"## [{experiment.title}](../experiments/{name}/README.md)\n\n{experiment.question}\n{block}"
-            )
-            for claim in experiment.claims:
-                (row,) = (line for line in block.splitlines() if line.startswith(f"| {claim.says} |"))
-                if claim.paper:
-                    where = f"[{name}](../experiments/{name}/README.md)"
-                    again.setdefault(claim.paper, []).append(f"| {where} {row}")
-    parts.insert(1, _tested_again(again))
+    for name, block in blocks.items():
+        experiment = load_experiment(name)
+        text = block.replace("](figure.svg)", f"](../experiments/{name}/figure.svg)")
+        parts.append(
+            f"## [{experiment.title}](../experiments/{name}/README.md)\n\n{experiment.question}\n{text}"
+        )
     return "\n".join(parts)
 
 
-def _tested_again(claims: Mapping[str, Sequence[str]]) -> str:
+def _kept_block(name: str) -> str | None:
+    """The results in an experiment's README."""
+    readme = (FOLDER / name / "README.md").read_text(encoding="utf-8")
+    found = re.search(re.escape(_BEGIN) + "\n(.*)" + re.escape(_END), readme, re.DOTALL)
+    return found[1] if found and (FOLDER / name / "results.json").exists() else None
+
+
+def _tested_again(blocks: Mapping[str, str]) -> str:
     """Every claim of the paper that an experiment tests, with what each says of it."""
-    lines = [
-        "## The paper's claims\n",
-        "| of the paper | in | as tested | verdict | difference | seeds |",
-        "|---" * 6 + "|",
-    ]
-    lines += [f"| {claim} {row}" for claim, rows in claims.items() for row in rows]
-    return "\n".join(lines) + "\n"
+    rows: dict[str, list[str]] = {}
+    for name, block in blocks.items():
+        for claim in load_experiment(name).claims:
+            if claim.paper:
+                # A block that is older than the claim has no line of it.
+                rows.setdefault(claim.paper, []).extend(
+                    f"| {claim.paper} | [{name}](../experiments/{name}/README.md) {line}"
+                    for line in block.splitlines()
+                    if line.startswith(f"| {claim.says} |")
+                )
+    head = ["| of the paper | in | as tested | verdict | difference | seeds |", "|---" * 6 + "|"]
+    return "\n".join(
+        ["## The paper's claims\n", *head, *(line for part in rows.values() for line in part), ""]
+    )
 
 
 def _block(name: str, experiment: Experiment, results: Results) -> str:
