@@ -217,7 +217,7 @@ def experiment(*arguments: object) -> str:
 def test_the_mixture_runs_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     first = experiment("mixture", "--quick", "--folder", tmp_path)
     assert all(f"| {title} |" in first for title in load_experiment("mixture").titles.values())
-    metrics = tmp_path / "mixture-quick" / "seed-1" / "metrics.jsonl"
+    metrics = tmp_path / "mixture-quick" / "seed-2" / "metrics.jsonl"
     before = metrics.read_bytes()
     assert experiment("mixture", "--quick", "--folder", tmp_path) == first
     assert metrics.read_bytes() == before
@@ -225,10 +225,10 @@ def test_the_mixture_runs_and_what_is_done_is_not_done_again(tmp_path: Path) -> 
 
 def test_seeds_that_settings_were_chosen_on_are_in_no_table(tmp_path: Path) -> None:
     experiment("mixture", "--quick", "--folder", tmp_path)
-    shutil.copytree(tmp_path / "mixture-quick" / "seed-1", tmp_path / "mixture-quick" / "seed-0")
-    both = experiment("mixture", "--quick", "--pages", "--first", 0, "--seeds", 2, "--folder", tmp_path)
-    assert ", seeds 0, 1;" in both
-    assert ", seeds 1;" in experiment("mixture", "--quick", "--pages", "--folder", tmp_path)
+    shutil.copytree(tmp_path / "mixture-quick" / "seed-2", tmp_path / "mixture-quick" / "seed-0")
+    both = experiment("mixture", "--quick", "--pages", "--first", 0, "--seeds", 3, "--folder", tmp_path)
+    assert ", seeds 0, 2;" in both
+    assert ", seeds 2;" in experiment("mixture", "--quick", "--pages", "--folder", tmp_path)
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
@@ -237,19 +237,19 @@ def test_what_was_begun_with_other_settings_is_refused_and_in_no_table(
 ) -> None:
     experiment("mixture", "--quick", "--folder", tmp_path)
     if is_killed:
-        (tmp_path / "mixture-quick" / "seed-1" / "measured.json").unlink()
+        (tmp_path / "mixture-quick" / "seed-2" / "measured.json").unlink()
     command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(tmp_path)]
     other = [*command, "gad.max_steps=3"]
     ended = subprocess.run(other, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
-    refusal = f"{tmp_path / 'mixture-quick' / 'seed-1'}: begun with another recipe, arm or settings; delete"
+    refusal = f"{tmp_path / 'mixture-quick' / 'seed-2'}: begun with another recipe, arm or settings; delete"
     assert ended.stderr.splitlines()[-1].startswith(refusal)
     assert "no seed has been run" in experiment(*command[3:], "--pages", "gad.max_steps=3")
 
 
 def test_an_arm_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
     experiment("mixture", "--quick", "--folder", tmp_path)
-    arm = tmp_path / "mixture-quick" / "seed-1" / "arms" / "gad-frozen-discriminator"
+    arm = tmp_path / "mixture-quick" / "seed-2" / "arms" / "gad-frozen-discriminator"
     (arm / "measured.json").unlink()
     (arm / "origin.json").write_text('{"origin": "that of other settings"}', encoding="utf-8")
     command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(tmp_path)]
