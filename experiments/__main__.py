@@ -1,7 +1,6 @@
 """Runs an experiment, and writes its results; without a name, lists them."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -50,7 +49,7 @@ def _run(options: argparse.Namespace) -> None:
     show_logs()
     # After the libraries' progress bars are quieted, which they settle when they are imported.
     from experiments.pages import write_pages  # noqa: PLC0415
-    from experiments.results import collect_results  # noqa: PLC0415
+    from experiments.results import collect_results, kept_results  # noqa: PLC0415
     from experiments.runner import run_seed  # noqa: PLC0415
 
     folder = options.folder / (f"{options.name}-quick" if options.quick else options.name)
@@ -67,9 +66,8 @@ def _run(options: argparse.Namespace) -> None:
     is_kept = not (options.quick or options.settings or is_tuning)
     own = seeds if is_tuning else None
     results = collect_results(options.name, experiment, folder, settings, ground, own)
-    kept = FOLDER / options.name / "results.json"
-    if is_kept and kept.exists():
-        results = results.with_earlier(json.loads(kept.read_bytes()))
+    if is_kept and (earlier := kept_results(options.name)):
+        results = results.with_earlier(earlier)
     sys.stdout.write(write_pages(options.name, experiment, results, is_kept=is_kept))
 
 

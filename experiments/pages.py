@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.experiment import FOLDER, Experiment, load_experiment, names
-from experiments.results import Results, Verdict
+from experiments.results import Results, Verdict, kept_results
 from gadfly.run_folder import write_text
 from gadfly.statistics import Figure
 
@@ -16,7 +16,7 @@ _PAGE = FOLDER.parent / "docs" / "results.md"
 
 def write_pages(name: str, experiment: Experiment, results: Results, *, is_kept: bool) -> str:
     """Write `results.json`, the figure, the README's block and `docs/results.md`; returns the block."""
-    block = _block(name, experiment, results)
+    block = _block(experiment, results)
     if is_kept:
         place = FOLDER / name
         write_text(place / "results.json", json.dumps(results.as_record(), indent=1) + "\n")
@@ -31,49 +31,38 @@ def write_pages(name: str, experiment: Experiment, results: Results, *, is_kept:
 
 def page() -> str:
     """`docs/results.md`: question and results of every experiment that has been run."""
-    blocks = {name: block for name in names() if (block := _kept_block(name))}
+    kept = {name: results for name in names() if (results := kept_results(name))}
     parts = [
         "# Results\n\nWritten by `python -m experiments`, from the folders of [experiments](../experiments); "
         "each has set-up, reading and all figures by seed. Intervals are 95 %, Student's t over seeds; "
         "differences are paired by seed; *2 of 5* beside a figure: so many seeds have it. A claim *holds* or "
         "*does not hold* where the interval of its difference is on one side of zero.\n",
-        _tested_again(blocks),
+        _tested_again(kept),
     ]
-    for name, block in blocks.items():
+    for name, results in kept.items():
         experiment = load_experiment(name)
-        text = block.replace("](figure.svg)", f"](../experiments/{name}/figure.svg)")
+        block = _block(experiment, results).replace("](figure.svg)", f"](../experiments/{name}/figure.svg)")
         parts.append(
-            f"## [{experiment.title}](../experiments/{name}/README.md)\n\n{experiment.question}\n{text}"
+            f"## [{experiment.title}](../experiments/{name}/README.md)\n\n{experiment.question}\n\n{block}"
         )
     return "\n".join(parts)
 
 
-def _kept_block(name: str) -> str | None:
-    """The results in an experiment's README."""
-    readme = (FOLDER / name / "README.md").read_text(encoding="utf-8")
-    found = re.search(re.escape(_BEGIN) + "\n(.*)" + re.escape(_END), readme, re.DOTALL)
-    return found[1] if found and (FOLDER / name / "results.json").exists() else None
-
-
-def _tested_again(blocks: Mapping[str, str]) -> str:
+def _tested_again(kept: Mapping[str, Results]) -> str:
     """Every claim of the paper that an experiment tests, with what each says of it."""
     rows: dict[str, list[str]] = {}
-    for name, block in blocks.items():
-        for claim in load_experiment(name).claims:
+    for name, results in kept.items():
+        experiment = load_experiment(name)
+        for claim in experiment.claims:
             if claim.paper:
-                # A block that is older than the claim has no line of it.
-                rows.setdefault(claim.paper, []).extend(
-                    f"| {claim.paper} | [{name}](../experiments/{name}/README.md) {line}"
-                    for line in block.splitlines()
-                    if line.startswith(f"| {claim.says} |")
-                )
+                where = f"[{name}](../experiments/{name}/README.md)"
+                row = f"| {claim.paper} | {where} {_row(results.verdict(claim, experiment.figure))}"
+                rows.setdefault(claim.paper, []).append(row)
     head = ["| of the paper | in | as tested | verdict | difference | seeds |", "|---" * 6 + "|"]
-    return "\n".join(
-        ["## The paper's claims\n", *head, *(line for part in rows.values() for line in part), ""]
-    )
+    return "\n".join(["## The paper's claims\n", *head, *(row for part in rows.values() for row in part), ""])
 
 
-def _block(name: str, experiment: Experiment, results: Results) -> str:
+def _block(experiment: Experiment, results: Results) -> str:
     seeds = f"seeds {', '.join(map(str, results.seeds))}" if results.seeds else "no seed has been run"
     facts = results.facts
     lines = [
@@ -107,20 +96,15 @@ def _table(experiment: Experiment, results: Results) -> str:
 
 def _claims(experiment: Experiment, results: Results) -> str:
     lines = ["| claim | verdict | difference | seeds |", "|---|---|---|---|"]
-    for claim in experiment.claims:
-        verdict = results.verdict(claim, experiment.figure)
-        lines.append(f"| {claim.says} | **{verdict.word}** | {_difference(verdict)} | {_count(verdict)} |")
+    lines += [_row(results.verdict(claim, experiment.figure)) for claim in experiment.claims]
     return "\n".join(lines)
 
 
-def _difference(verdict: Verdict) -> str:
-    if verdict.difference is None:
-        return "–"  # noqa: RUF001
-    return f"{verdict.difference.value:+.3f} ({_ends(verdict.difference)})"
-
-
-def _count(verdict: Verdict) -> str:
-    return str(verdict.difference.n if verdict.difference else 0)
+def _row(verdict: Verdict) -> str:
+    difference = verdict.difference
+    words = f"{difference.value:+.3f} ({_ends(difference)})" if difference else "–"  # noqa: RUF001
+    count = difference.n if difference else 0
+    return f"| {verdict.claim.says} | **{verdict.word}** | {words} | {count} |"
 
 
 def _cell(figure: Figure | None, seeds: int) -> str:

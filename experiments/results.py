@@ -1,11 +1,12 @@
 """Figures of all seeds put together: means with intervals, paired differences, and what they decide."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.experiment import Claim, Experiment
+from experiments.experiment import FOLDER, Claim, Experiment
 from gadfly.run_folder import RunFolder
 from gadfly.statistics import Figure, mean, mean_difference
 
@@ -47,6 +48,17 @@ class Results:
     facts: Mapping[str, Any]
     """Command, date, machine, versions; `origins`, the digest of what made each model's figures."""
 
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "Results":
+        """From the content of `results.json`, as `as_record` gives it."""
+        figures = {
+            model: {name: _by_seed(values) for name, values in own.items()}
+            for model, own in record["figures"].items()
+        }
+        seconds = {model: _by_seed(values) for model, values in record["seconds"].items()}
+        facts = {name: record[name] for name in record.keys() - {"seeds", "figures", "seconds"}}
+        return cls(tuple(record["seeds"]), figures, seconds, facts)
+
     def figure(self, model: str, name: str) -> Figure | None:
         """Mean over seeds with Student's t interval; None where no seed has it."""
         values = self.figures.get(model, {}).get(name, {})
@@ -75,40 +87,35 @@ class Results:
             "seconds": {model: _by_text(values) for model, values in self.seconds.items()},
         }
 
-    def with_earlier(self, record: Mapping[str, Any]) -> "Results":
+    def with_earlier(self, earlier: "Results") -> "Results":
         """These, and what `results.json` holds of other seeds and arms, whose run folders may be elsewhere.
 
-        Nothing is taken from a record that another command made, or of models and arms that were others then.
+        Nothing is taken from what another command made, or of models and arms that were others then.
         """
-        before, now = record.get("origins", {}), self.facts["origins"]
-        same = [model for model in record["figures"] if model in now and before.get(model) == now[model]]
-        if record["command"] != self.facts["command"] or "gad" not in same:
+        before, now = earlier.facts.get("origins", {}), self.facts["origins"]
+        same = [model for model in earlier.figures if model in now and before.get(model) == now[model]]
+        if earlier.facts["command"] != self.facts["command"] or "gad" not in same:
             return self
-        seeds = tuple(sorted({*self.seeds, *record["seeds"]}))
-        earlier = {model: record["figures"][model] for model in same}
+        old = {model: earlier.figures[model] for model in same}
+        took = {model: earlier.seconds[model] for model in same if model in earlier.seconds}
         figures = {
-            model: {
-                name: _by_seed(earlier.get(model, {}).get(name, {})) | dict(own.get(name, {}))
-                for name in [*earlier.get(model, {}), *own]
-            }
-            for model in [*earlier, *self.figures]
-            for own in [self.figures.get(model, {})]
+            model: _merged(old.get(model, {}), self.figures.get(model, {})) for model in [*old, *self.figures]
         }
-        took = {model: record["seconds"][model] for model in same if model in record["seconds"]}
-        seconds = {
-            model: _by_seed(took.get(model, {})) | dict(self.seconds.get(model, {}))
-            for model in [*took, *self.seconds]
-        }
-        machines = {*record["machine"].split("; "), *self.facts["machine"].split("; ")} - {""}
+        machines = {*earlier.facts["machine"].split("; "), *self.facts["machine"].split("; ")} - {""}
         facts = {
-            **record,
             **self.facts,
-            "date": max(record["date"], self.facts["date"]),
+            "date": max(earlier.facts["date"], self.facts["date"]),
             "machine": "; ".join(sorted(machines)),
-            "packages": self.facts["packages"] or record["packages"],
+            "packages": self.facts["packages"] or earlier.facts["packages"],
         }
-        known = {name: facts[name] for name in self.facts}
-        return Results(seeds, figures, seconds, known)
+        seeds = tuple(sorted({*self.seeds, *earlier.seeds}))
+        return Results(seeds, figures, _merged(took, self.seconds), facts)
+
+
+def kept_results(name: str) -> Results | None:
+    """What `results.json` of an experiment holds; None where it has none."""
+    file = FOLDER / name / "results.json"
+    return Results.of_record(json.loads(file.read_bytes())) if file.exists() else None
 
 
 def collect_results(
@@ -193,6 +200,10 @@ def _facts(name: str, settings: Sequence[str], places: Sequence[Path]) -> dict[s
         "machine": "; ".join(sorted({facts["machine"] for facts in made})),
         "packages": environments[0]["packages"] if environments else {},
     }
+
+
+def _merged(old: Mapping[str, Values], new: Mapping[str, Values]) -> dict[str, Values]:
+    return {name: {**old.get(name, {}), **new.get(name, {})} for name in [*old, *new]}
 
 
 def _by_seed(values: Mapping[str, float]) -> dict[int, float]:

@@ -87,7 +87,10 @@ def _begin(path: Path, origin: str) -> None:
     """Note first of all what the folder's figures are made by: whatever it holds later is of that."""
     path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path)
-    if folder.read_json("origin.json").get("origin", origin) != origin:
+    begun = folder.read_json("origin.json").get("origin")
+    if begun == origin:
+        return
+    if begun or any(path.iterdir()):
         raise ConfigError(f"{path}: begun with another recipe, arm or settings; {_REMEDY}")
     folder.write_json("origin.json", {"origin": origin})
 

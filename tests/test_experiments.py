@@ -184,13 +184,13 @@ def test_results_of_other_seeds_and_arms_are_kept_beside_new_ones() -> None:
         {"gad": {3: 30.0}},
         facts | {"date": "2026-02-02", "machine": "b"},
     )
-    both = new.with_earlier(json.loads(json.dumps(old.as_record())))
+    both = new.with_earlier(Results.of_record(json.loads(json.dumps(old.as_record()))))
     assert both.seeds == (1, 2, 3)
     assert both.figures["gad"] == {"f": {1: 0.1, 2: 0.3, 3: 0.4}, "g": {3: 1.0}}
     assert (both.figures["dpo"], both.figures["oracle"]) == ({"f": {1: 0.5}}, {"f": {3: 0.9}})
     assert both.seconds == {"gad": {1: 10.0, 2: 20.0, 3: 30.0}}
     assert both.facts == facts | {"date": "2026-02-02", "machine": "a; b"}
-    other = {**old.as_record(), "command": "c gad.group_size=2"}
+    other = replace(old, facts={**old.facts, "command": "c gad.group_size=2"})
     assert new.with_earlier(other) == new
 
 
@@ -202,9 +202,9 @@ def test_results_of_another_recipe_or_arm_of_that_name_are_not_kept() -> None:
         return Results((1,), figures, {}, facts | {"origins": {"gad": gad, "dpo": dpo}})
 
     now = replace(made_by("1", "2"), seeds=(2,), figures={"gad": {"f": {2: 0.3}}})
-    assert now.with_earlier(made_by("1", "2").as_record()).figures["dpo"] == {"f": {1: 0.5}}
-    assert now.with_earlier(made_by("1", "9").as_record()).figures == {"gad": {"f": {1: 0.1, 2: 0.3}}}
-    assert now.with_earlier(made_by("9", "2").as_record()) == now
+    assert now.with_earlier(made_by("1", "2")).figures["dpo"] == {"f": {1: 0.5}}
+    assert now.with_earlier(made_by("1", "9")).figures == {"gad": {"f": {1: 0.1, 2: 0.3}}}
+    assert now.with_earlier(made_by("9", "2")) == now
 
 
 def experiment(*arguments: object) -> str:
@@ -247,6 +247,16 @@ def test_what_was_begun_with_other_settings_is_refused_and_in_no_table(
     assert "no seed has been run" in experiment(*command[3:], "--pages", "gad.max_steps=3")
 
 
+def test_a_folder_that_nobody_knows_the_origin_of_is_refused(tmp_path: Path) -> None:
+    experiment("mixture", "--quick", "--folder", tmp_path)
+    seed = tmp_path / "mixture-quick" / "seed-2"
+    (seed / "origin.json").unlink()
+    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(tmp_path)]
+    ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(f"{seed}: begun with another recipe, arm or settings")
+
+
 def test_an_arm_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
     experiment("mixture", "--quick", "--folder", tmp_path)
     arm = tmp_path / "mixture-quick" / "seed-2" / "arms" / "gad-frozen-discriminator"
@@ -278,14 +288,13 @@ def test_every_other_experiment_runs_at_its_smallest(name: str, tmp_path: Path) 
         assert f"| {title} |" in printed
 
 
-def test_what_is_kept_of_results_is_what_their_tables_say() -> None:
+def test_what_is_kept_of_results_is_what_the_readmes_say() -> None:
+    text = page()
     for file in FOLDER.glob("*/results.json"):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        experiment = load_experiment(record["experiment"])
-        gad = record["figures"]["gad"][experiment.figure]
-        assert sorted(map(int, gad)) == record["seeds"]
-        mean = sum(gad.values()) / len(gad)
         readme = (file.parent / "README.md").read_text(encoding="utf-8")
-        title = f"| {experiment.titles['gad']} |"
-        (row,) = (line for line in readme.splitlines() if line.startswith(title))
-        assert f"{mean:.3f}" in row
+        (block,) = re.findall(r"<!-- results: .* -->\n\n(.*)\n<!-- end of results -->", readme, re.DOTALL)
+        assert block.replace("](figure.svg)", f"](../experiments/{file.parent.name}/figure.svg)") in text
+        record = json.loads(file.read_text(encoding="utf-8"))
+        gad = record["figures"]["gad"][load_experiment(record["experiment"]).figure]
+        assert sorted(map(int, gad)) == record["seeds"]
+        assert f"{sum(gad.values()) / len(gad):.3f}" in block
