@@ -201,7 +201,9 @@ def demo(
         "runs/demo"
     ),
     overrides: Overrides = None,
-    seed: Annotated[int, typer.Option(help="Of data, models and samples.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of data, models and samples; settings were chosen on 0, 1, 11 and 12.", min=0)
+    ] = 2,
 ) -> None:
     """The whole method on a scripted teacher and a forgetful student, with an exact count of answers."""
     from gadfly.demo.demo import run_demo  # noqa: PLC0415  torch loads only where it is used
