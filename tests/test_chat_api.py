@@ -78,7 +78,7 @@ def test_what_may_pass_is_asked_again(fault: Fault, kind: str) -> None:
 
 
 def test_a_server_that_is_too_slow_is_asked_again() -> None:
-    answer, api, _ = asked([Fault("slow", seconds=1.5)], timeout_seconds=0.5)
+    answer, api, _ = asked([Fault("slow", seconds=5)], timeout_seconds=2.0)
     assert answer.text == "answer to 2+2?"
     assert api.errors == {"timeout": 1}
 
@@ -195,7 +195,7 @@ def test_what_cannot_pass_ends_all_asking_at_once(fault: Fault, expected: str) -
 
 
 def test_a_server_that_refuses_everything_for_too_long_is_given_up() -> None:
-    message = "has refused everything for 1 s, more than give_up_seconds = 1"
+    message = r"has refused everything for \d+ s, more than give_up_seconds = 1"
     with (
         FaultServer(faults=lambda number, body: Fault("rate_limit", seconds=0.3)) as server,
         pytest.raises(ApiError, match=message),
