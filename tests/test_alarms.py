@@ -8,6 +8,7 @@ import pytest
 from planted import HEALTHY, Shape, raised, rows
 
 from gadfly.alarms import ALARMS, KINDS, Circumstances, History, change_band, look, mean_band
+from gadfly.alarms.alarm import Change
 from gadfly.config import TRAINING_STAGES, AlarmsConfig
 from gadfly.errors import ConfigError
 from gadfly.recipe_file import load_recipe
@@ -401,6 +402,25 @@ def test_every_entry_says_what_and_what_to_do() -> None:
         assert kind.advice_in("gad").endswith(".")
         assert not set(kind.hidden_by) - KINDS.keys()
         assert kind.reads or kind.name == "not-finite"
+
+
+def test_an_alarm_that_a_stage_cannot_raise_hides_none_of_its_alarms() -> None:
+    # In warmup, `separates-early` would say the same more exactly for the first twelve steps.
+    planted: dict[str, Shape] = {
+        "discriminator/accuracy": always(0.99),
+        "discriminator/score_gap": always(8.0),
+        "group/score_std": always(0.05),
+    }
+    short = Circumstances(window=8)
+    assert raised(rows(12, planted=planted), short)["too-strong"] == 8
+    assert "too-strong" not in raised(rows(12, planted=planted, stage="warmup"), short)
+
+
+def test_a_bound_does_not_turn_a_remedy_round() -> None:
+    assert Change(10.0, at_least=0.01, at_most=1.0).of(2.0) == 2.0
+    assert Change(1.5, at_least=0.5, at_most=1.2).of(1.5) == 1.5
+    assert Change(0.5, at_least=0.1).of(0.05) == 0.05
+    assert Change(10.0, at_least=0.01, at_most=1.0).of(0.001) == 0.01
 
 
 def test_remedies_are_settings_of_the_recipe(recipe_file: Path) -> None:

@@ -1,6 +1,7 @@
 """Each fault that an audit is to catch, planted into data, template or tokenizer, and clean data."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,10 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gadfly.analysis.audit_findings import CATALOGUE
 from gadfly.errors import AlarmError, CheckpointError
 from gadfly.groups import Branch
 from gadfly.models import load_language_model
-from gadfly.recipe_file import load_recipe
+from gadfly.recipe_file import fields, load_recipe
 from gadfly.records import Message, Row, TeacherResponse
 from gadfly.stages.audit import audit, audit_warmup
 from gadfly.stages.audit.identical import score_twice
@@ -204,6 +206,15 @@ def test_a_text_that_is_not_what_its_tokens_say_scores_differently(tmp_path: Pat
     assert (finding.name, finding.is_mechanical) == ("identical-text", True)
     with open_run(load_recipe(path)) as run:
         assert score_twice(run, None, renderer, asked, odd).findings() == []
+
+
+def test_the_catalogue_names_settings_that_exist() -> None:
+    known = {key for key, _ in fields()}
+    sections = "|".join(sorted({key.partition(".")[0] for key in known if "." in key}))
+    texts = [text for entry in CATALOGUE.values() for text in (entry.what, entry.cause, entry.advice)]
+    named = {key for text in texts for key in re.findall(rf"\b(?:{sections})\.[a-z_]+", text)}
+    assert len(named) > 5
+    assert named - known == {"audit.json"}, "all but a file"
 
 
 def test_answers_beyond_the_models_positions_are_looked_at_as_they_are_trained_on(

@@ -169,6 +169,7 @@ def test_weights_that_are_no_numbers_end_the_run(recipe_file: Path, tiny_model: 
     line = stopped.stderr.splitlines()[-1]
     assert line.startswith("seqkd step 0: log-probabilities of 4 of 4 samples are not finite")
     assert "Last good checkpoint: none yet." in line
+    assert 'with alarms.actions.not-finite="roll_back" it does so at half the learning rates' in line
     assert "Traceback" not in stopped.stderr
     assert not list((recipe_file.parent / "runs" / "tiny" / "seqkd").glob("step-*"))
 

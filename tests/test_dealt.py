@@ -53,6 +53,35 @@ def test_slow_sampling_is_not_taken_for_stuck_by_those_that_wait_for_it(tiny_mod
         assert [sample.tokens for sample in group] == [sample.tokens for sample in wanted]
 
 
+class Spoilt:
+    """A sampler whose samples are not finite in the second process."""
+
+    def __init__(self, processes: Processes):
+        self._rank = processes.rank
+
+    def sample(self, requests: Any, *, temperature: float, max_response_tokens: int) -> list[list[Sample]]:
+        if self._rank == 1:
+            raise AlarmError("log-probabilities of 1 of 1 samples are not finite", "sampler-gap")
+        return [[Sample((5,), (0.0,), finished=False)] for _ in requests]
+
+    def update(self, weights: Any) -> None:
+        del weights
+
+
+def told_by_all(processes: Processes) -> tuple[str, str, list[int]]:
+    try:
+        DealtSampler(Spoilt(processes), processes).sample(REQUESTS, temperature=1.0, max_response_tokens=1)
+    except AlarmError as alarm:
+        # Whoever is left waiting elsewhere would not come here.
+        return str(alarm), alarm.alarm, processes.gather("after it", processes.rank)
+    raise AssertionError("nobody was told")
+
+
+def test_what_one_process_cannot_sample_stops_all_with_the_name_of_the_alarm() -> None:
+    told = "rank 1: log-probabilities of 1 of 1 samples are not finite"
+    assert side_by_side(told_by_all) == 2 * [(told, "sampler-gap", [0, 1])]
+
+
 def test_a_copy_without_the_students_weights_raises_an_alarm_that_says_all(tiny_model: Path) -> None:
     student = sharp_model(tiny_model)
     copied = copy.deepcopy(student)

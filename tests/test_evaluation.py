@@ -1,6 +1,7 @@
 """Figures of held-out prompts against a slow twin, and that measuring changes nothing of what is measured."""
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -326,6 +327,23 @@ def test_a_resumed_stage_measures_what_an_undisturbed_one_does(
     stage = json.loads((folder / "gad" / "stage.json").read_text(encoding="utf-8"))
     (folder / "gad" / "stage.json").write_text(json.dumps({**stage, "done": False}), encoding="utf-8")
     assert rows(trained_in(recipe, folder)) == rows(done)
+
+
+def test_a_stage_that_goes_on_with_other_software_says_so(
+    recipe: Path, done: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(done, folder, symlinks=True)
+    shutil.rmtree(folder / "gad" / "step-000006")
+    file = folder / "gad" / "stage.json"
+    stage = json.loads(file.read_text(encoding="utf-8"))
+    own = stage["environment"]["packages"]["torch"]
+    stage["environment"]["packages"]["torch"] = "1.0"
+    file.write_text(json.dumps({**stage, "done": False}), encoding="utf-8")
+    with caplog.at_level(logging.WARNING, logger="gadfly"):
+        trained_in(recipe, folder)
+    told = f"gad: begun with other software (packages.torch = '1.0', now {own!r}); its numbers may differ"
+    assert told in caplog.messages
 
 
 def train(processes: Processes, recipe: Path, folder: Path) -> None:

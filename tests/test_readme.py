@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -98,8 +99,22 @@ def test_a_changed_setting_of_the_readme_is_one_that_the_recipe_knows(readme_fol
 
 def test_the_long_command_names_a_recipe_and_keys_that_exist(tmp_path: Path) -> None:
     command = next(line for line in commands() if "recipes/smollm2-cpu.toml" in line)
-    recipe = load_recipe(CHECKOUT / command.split()[2], command.split()[3:])
+    words = shlex.split(command)
+    recipe = load_recipe(CHECKOUT / words[2], words[3:])
     assert recipe.data.train == "train.jsonl"
+    assert recipe.data.test == {"own": "test.jsonl"}
+
+
+def test_prompts_and_a_teacher_stand_where_the_answers_would(tmp_path: Path) -> None:
+    own, asked = blocks("toml")
+    data, teacher = asked.split("[teacher]")
+    prompts = data.removeprefix("[data]\n")
+    text = own.replace('train = "train.jsonl"\n', prompts) + "[teacher]" + teacher
+    (tmp_path / "recipe.toml").write_text(text, encoding="utf-8")
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    assert recipe.data.train is None
+    assert Path(str(recipe.data.prompts)).name == "prompts.jsonl"
+    assert recipe.teacher.model
 
 
 def test_the_library_example_runs(readme_folder: Path) -> None:

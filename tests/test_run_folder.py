@@ -263,6 +263,12 @@ def test_changed_settings_are_named_with_old_and_new(run: RunFolder) -> None:
         run.begin("gad", now)
 
 
+def test_a_stage_goes_on_with_another_sampler_and_other_servers(run: RunFolder) -> None:
+    run.begin("gad", {"seed": 0, "sampling": {"backend": "auto", "servers": ["http://gone:8000"]}})
+    run.write_json("gad/step-000003/manifest.json", {})
+    assert run.begin("gad", {"seed": 0, "sampling": {"backend": "local", "servers": []}})
+
+
 def test_a_finished_stage_is_in_the_summary_whenever_the_kill_comes(run: RunFolder) -> None:
     process = python(
         """
@@ -329,6 +335,8 @@ def test_settings_leave_out_what_changes_neither_weights_nor_samples() -> None:
     assert settings(gad={"save_every": 1, "evaluate_every": 1, "start_from": 5}) == plain
     assert settings(seqkd={"equal_time": True}) == plain
     assert settings(sampling={"max_parallel_responses": 1}) == plain
+    assert settings(sampling={"servers": ["http://a:8000"]}) == plain
+    assert settings(sampling={"backend": "vllm"}) == plain
     assert settings(warmup={"epochs": 3}, checkpoints={"keep_last": 5}) == plain
     assert settings(gad={"group_size": 2}) != plain
     assert settings(student={"model": "n"}) != plain

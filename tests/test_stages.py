@@ -75,6 +75,32 @@ def test_what_does_not_fit_is_listed_with_its_line(recipe_file: Path, tmp_path: 
     assert summary == {"rows": 18, "bad": {"over-long-prompt": 1, "over-long-response": 1}}
 
 
+def test_an_unfinished_response_over_the_cap_is_over_long_too(recipe_file: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "response": "ok", "finish_reason": "length"} for n in range(20)]
+    rows[4]["response"] = "long " * 40
+    data = write_rows(tmp_path / "cut.jsonl", rows)
+    settings = [f"data.train={data}", "data.over_long_responses=drop"]
+    with open_run(load_recipe(recipe_file, settings)) as run:
+        seqkd(run)
+        bad = [(row["line"], row["reason"]) for row in run.folder.rows("bad_rows.jsonl")]
+    assert (5, "over-long-response") in bad
+    assert len([reason for _, reason in bad if reason == "over-long-response"]) == 1
+
+
+def test_held_out_prompts_that_a_model_cannot_attend_to_are_refused(
+    recipe_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(tiny_model, short)
+    config = json.loads((short / "config.json").read_text(encoding="utf-8"))
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 80}), encoding="utf-8")
+    held_out = write_rows(tmp_path / "valid.jsonl", [{"prompt": "long " * 14, "response": "ok"}])
+    settings = [f"student.model={short}", f"data.valid={held_out}"]
+    refusal = r"a prompt of \d+ tokens and a response of 12 exceed the student's 80 positions"
+    with open_run(load_recipe(recipe_file, settings)) as run, pytest.raises(UserError, match=refusal):
+        seqkd(run)
+
+
 def test_a_set_of_which_nothing_fits_is_an_error(recipe_file: Path) -> None:
     settings = ["sampling.max_prompt_tokens=1"]
     with open_run(load_recipe(recipe_file, settings)) as run, pytest.raises(DataError, match="none of"):

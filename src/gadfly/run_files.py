@@ -25,7 +25,11 @@ _ROWS: dict[str, dict[str, Kind]] = {
     "remedies.jsonl": _ALARM | {"back_to": int, "changes": dict, "is_done": bool},
 }
 _OBJECTS: dict[str, dict[str, Kind]] = {
-    "stage.json": {"settings": (dict, NoneType), "done": (bool, NoneType), **_TIMES},
+    "stage.json": {
+        **dict.fromkeys(("settings", "environment"), (dict, NoneType)),
+        "done": (bool, NoneType),
+        **_TIMES,
+    },
     "plan.json": {"steps": int, "seconds": NUMBER},
     "precision.json": {"precision": str},
     "summary.json": dict.fromkeys(_SECTIONS, (dict, NoneType)),

@@ -5,9 +5,17 @@ from typing import Any
 
 from gadfly.config import Recipe
 
-# Settings that decide neither weights nor samples: how often or how fast something is done, where gad starts
-# (it notes the checkpoint itself), and whether another stage runs.
-_HARMLESS = {"save_every", "evaluate_every", "max_parallel_responses", "start_from", "equal_time"}
+# Settings that decide neither weights nor the distribution of samples: how often, how fast or on what
+# machines something is done, where gad starts (it notes the checkpoint itself), whether another stage runs.
+_HARMLESS = {
+    "save_every",
+    "evaluate_every",
+    "max_parallel_responses",
+    "backend",
+    "servers",
+    "start_from",
+    "equal_time",
+}
 
 
 def stage_settings(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
@@ -18,8 +26,8 @@ def stage_settings(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Each setting that two records do not share, as `key = old, now new`."""
-    for key in sorted(old.keys() | new.keys()):
+    """Each setting that two records do not share, as `key = old, now new`, without the harmless keys."""
+    for key in sorted((old.keys() | new.keys()) - _HARMLESS):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             yield from differences(before, after, f"{prefix}{key}.")

@@ -37,6 +37,8 @@ class Change:
     def of(self, value: float) -> float:
         """The changed number; rounded, so that ten times 1e-6 is 1e-5."""
         changed = min(max(self.times * value, self.at_least), self.at_most)
+        # A bound that the number is beyond already does not turn the change round.
+        changed = max(changed, value) if self.times > 1 else min(changed, value)
         return float(f"{changed:.12g}")
 
 

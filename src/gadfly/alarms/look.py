@@ -1,6 +1,6 @@
 """Looks at a stage's rows so far and says which alarms stand."""
 
-from gadfly.alarms.alarm import Alarm
+from gadfly.alarms.alarm import Alarm, Kind
 from gadfly.alarms.catalogue import ALARMS, KINDS
 from gadfly.alarms.history import History
 
@@ -26,9 +26,7 @@ def look(history: History, *, only_new: bool = True) -> list[Alarm]:
     """
     found = {}
     for kind in ALARMS:
-        if kind.stages and history.stage not in kind.stages:
-            continue
-        if kind.held_out and history.circumstances.held_out < _FEW_PROMPTS:
+        if not _is_of(kind, history):
             continue
         if only_new and kind.reads and not _has_one(history, kind.reads):
             continue
@@ -47,6 +45,12 @@ def look(history: History, *, only_new: bool = True) -> list[Alarm]:
     return [alarm for name, alarm in found.items() if not _is_hidden(name, set(found), history)]
 
 
+def _is_of(kind: Kind, history: History) -> bool:
+    """Whether the stage can raise the alarm at all."""
+    is_of_stage = not kind.stages or history.stage in kind.stages
+    return is_of_stage and not (kind.held_out and history.circumstances.held_out < _FEW_PROMPTS)
+
+
 def _has_one(history: History, metrics: tuple[str, ...]) -> bool:
     """Whether the newest row has one of the metrics; a name that ends in `/` means all under it."""
     return any(
@@ -59,4 +63,7 @@ def _has_one(history: History, metrics: tuple[str, ...]) -> bool:
 def _is_hidden(name: str, found: set[str], history: History) -> bool:
     """Whether another alarm that stands says the same more exactly."""
     others = (KINDS[other] for other in KINDS[name].hidden_by)
-    return any(other.name in found or other.find(history) is not None for other in others)
+    return any(
+        other.name in found or (_is_of(other, history) and other.find(history) is not None)
+        for other in others
+    )

@@ -36,7 +36,7 @@ CATALOGUE: dict[str, Entry] = {
     "teacher-cut": Entry(
         "Answers of the teacher stop before they end",
         "the limit on its tokens when they were collected",
-        "raise teacher.max_tokens and collect again, or leave these rows out",
+        "raise teacher.max_response_tokens and collect again, or leave these rows out",
     ),
     "cap-cuts-teacher": Entry(
         "The cap is below answers of the teacher",

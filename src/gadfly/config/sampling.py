@@ -31,7 +31,7 @@ class SamplingConfig(Section):
     backend: Literal["auto", "local", "vllm"] = "auto"
     """What samples: `local`, plain PyTorch with the student's own weights in memory; or `vllm`, an engine
     of its own beside them, which needs `pip install 'gadfly[vllm]'`. Both draw from the same distribution,
-    with random numbers of their own; only with `local` is a resumed run the same
+    with random numbers of their own; only with `local`, and on a CPU, is a resumed run the same
     byte for byte. `auto`: `vllm` where it is installed and knows the model, on a GPU; `local` on a CPU, where
     starting it takes longer than many a small run samples, for LoRA students, and
     on several processes: there `servers` are the way to vLLM."""

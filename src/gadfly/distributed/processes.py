@@ -5,6 +5,7 @@ differs is who does the work: reading and writing the run folder is the first pr
 passes and samples are dealt out (`deal`) and put together again (`gather`).
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -63,7 +64,9 @@ class Processes:
             refusal = error
         for rank, other in enumerate(self.gather(what, refusal)):
             if other is not None:
-                raise other if rank == 0 else type(other)(f"rank {rank}: {other}") from other
+                refused = copy.copy(other)
+                refused.args = (f"rank {rank}: {other}" if rank else str(other),)
+                raise refused from other
         return result[0]
 
     def limit_waits(self, seconds: float) -> None:

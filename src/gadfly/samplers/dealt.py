@@ -27,15 +27,17 @@ class DealtSampler:
         ]
         hand = deal(lengths, self._processes.size)[self._processes.rank]
         self._processes.note("sampling")
-        drawn = self._own.sample(
-            [requests[index] for index in hand],
-            temperature=temperature,
-            max_response_tokens=max_response_tokens,
-        )
+
+        def draw() -> list[list[Sample]]:
+            own = [requests[index] for index in hand]
+            return self._own.sample(own, temperature=temperature, max_response_tokens=max_response_tokens)
+
+        # What one process refuses, such as samples that are not finite, none goes on with.
+        drawn = self._processes.together("sampling", draw)
         gathered = self._processes.gather("samples", list(zip(hand, drawn, strict=True)))
         by_index = {index: samples for hand_and_samples in gathered for index, samples in hand_and_samples}
         return [by_index[index] for index in range(len(requests))]
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take over the student's weights, in every process."""
-        self._own.update(weights)
+        self._processes.together("the student's weights", lambda: self._own.update(weights))

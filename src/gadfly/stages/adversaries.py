@@ -206,7 +206,13 @@ def open_adversaries(
         restore_optimizer(run, discriminator.engine, resumed, "discriminator")
         replay.restore(resumed.path / "trainer")
     examples, valid = training_examples(run, student.model, student.renderer)
-    check_context(discriminator.model.backbone, examples, recipe.sampling.max_response_tokens)
+    read = [*examples, *valid]
+    groups = [example.group for example in read]
+    if base != recipe.student.model:
+        # Its tokens may be other and more.
+        groups = discriminator.view(groups, read)
+    cap = recipe.sampling.max_response_tokens
+    check_context(discriminator.model.backbone, groups, cap, "discriminator")
     batches = Batches(examples, training.batch_prompts, recipe.seed, stage)
     return Adversaries(run, stage, student, discriminator, shared, batches, valid, replay, start, resumed)
 

@@ -177,6 +177,21 @@ def _row(stage: str, alarm: Alarm, action: Action) -> dict[str, Any]:
     }
 
 
+def way_on(run: Run, stage: str, alarm: AlarmError) -> str:
+    """What else than the same command there is to do after an alarm that came as an error, to go on the line.
+
+    A sampler that is not the student's says so itself.
+    """
+    if alarm.alarm != "not-finite":
+        return "."
+    rolls_back = run.recipe.alarms.action_on("not-finite") == "roll_back"
+    halved = '; with alarms.actions.not-finite="roll_back" it does so at half the learning rates'
+    return (
+        f", and may meet the same again{'' if rolls_back else halved}. Other settings need another name: "
+        f"{KINDS['not-finite'].advice_in(stage)}"
+    )
+
+
 def _describe(stage: str, alarm: Alarm, action: Action) -> str:
     """An alarm in a line."""
     return (

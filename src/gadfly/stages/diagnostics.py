@@ -19,6 +19,8 @@ from gadfly.text_metrics import distinct_fraction, rouge_l
 
 Metrics = dict[str, float]
 
+# Of a step; ROUGE-L is quadratic in length, and a model waits for it.
+_RANKED_GROUPS = 32
 # Below this the scores of a group are equal but for rounding.
 _FLAT = 1e-6
 
@@ -135,15 +137,17 @@ def group_metrics(scores: Float[Tensor, "group sample"], groups: Sequence[Group]
 def ranking_metrics(scores: Float[Tensor, "group sample"], groups: Sequence[Group]) -> Metrics:
     """Whether the scores order the samples of a group as their ROUGE-L to the teacher does, in [-1, 1].
 
-    The mean over groups of Spearman's rank correlation, ties by mid-ranks. A group whose scores, or whose
-    ROUGE-L, are all equal has no order and is left out; where that leaves none there is no metric.
+    The mean over the first groups of Spearman's rank correlation, ties by mid-ranks. A group whose scores, or
+    whose ROUGE-L, are all equal has no order and is left out; where that leaves none there is no metric.
 
     ROUGE-L is a proxy of quality, and a poor one where an answer may be worded or ordered in many ways: on
     the demo, discriminators that put nearly every valid sample before the invalid ones correlate with it near
     0. A fall from well above 0 means something; the level itself does not.
     """
-    overlap = [[rouge_l(b.text, [t.text for t in g.teachers]) for b in g.students] for g in groups]
-    pair = _with_order(scores.double().cpu(), torch.tensor(overlap, dtype=torch.float64))
+    ranked = groups[:_RANKED_GROUPS]
+    overlap = [[rouge_l(b.text, [t.text for t in g.teachers]) for b in g.students] for g in ranked]
+    own_scores = scores[: len(ranked)].double().cpu()
+    pair = _with_order(own_scores, torch.tensor(overlap, dtype=torch.float64))
     correlation = _mean_cosine(*(_mid_ranks(values) for values in pair))
     return {} if correlation is None else {"detail/rouge_rank_correlation": correlation}
 

@@ -1,7 +1,7 @@
 """Rows in tokens, and which of them make up the batch of a step."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from gadfly.chat_template import Renderer
 from gadfly.data.dataset import BadRow
 from gadfly.errors import DataError, UserError
-from gadfly.groups import Group, teacher_group
-from gadfly.records import Row
+from gadfly.groups import Branch, Group, teacher_group
+from gadfly.records import Row, TeacherResponse
 from gadfly.stages.run import Run
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,7 @@ def tokenise(run: Run, name: str, rows: Sequence[Row], renderer: Renderer) -> li
             bad.append(BadRow(row.source, row.line, "over-long-prompt", detail))
             continue
         if drops_responses:
-            pairs = zip(group.teachers, row.responses, strict=True)
-            whole = tuple(branch for branch, response in pairs if branch.finished == response.finished)
+            whole = whole_teachers(group, row, renderer)
             detail = f"over sampling.max_response_tokens = {max_response}"
             num_cut = len(group.teachers) - len(whole)
             bad += [BadRow(row.source, row.line, "over-long-response", detail)] * num_cut
@@ -55,22 +54,46 @@ def tokenise(run: Run, name: str, rows: Sequence[Row], renderer: Renderer) -> li
         if group.teachers or not row.responses:
             kept.append(Example(row, group))
     run.note_bad_rows(name, bad, len(kept))
-    responses = [(b, r) for e in kept for b, r in zip(e.group.teachers, e.row.responses, strict=False)]
-    cut = sum(branch.finished != response.finished for branch, response in responses)
-    if cut and name == "train":
-        logger.warning(
-            "data.train: %d of %d responses are cut at sampling.max_response_tokens = %d; from those the "
-            "student does not learn to end",
-            cut,
-            len(responses),
-            max_response,
-        )
+    if name == "train" and not drops_responses:
+        _warn_of_cuts(kept, renderer, max_response)
     if not kept:
         raise DataError(
             f"data.{name}: none of {len(rows)} rows fits into sampling.max_prompt_tokens = {max_prompt} "
             f"and max_response_tokens = {max_response}; raise them"
         )
     return kept
+
+
+def whole_teachers(group: Group, row: Row, renderer: Renderer) -> tuple[Branch, ...]:
+    """The teacher's branches that `teacher_group` did not cut at the cap, in order.
+
+    Args:
+        group: as it makes it of the row.
+        row: the row.
+        renderer: of the student.
+    """
+
+    def is_whole(branch: Branch, response: TeacherResponse) -> bool:
+        if branch.finished or response.finished:
+            return branch.finished
+        # Unfinished before and after: whether it was cut too, its length says.
+        return len(branch.tokens) == len(renderer.response_tokens(response.text, finished=False))
+
+    pairs = zip(group.teachers, row.responses, strict=True)
+    return tuple(branch for branch, response in pairs if is_whole(branch, response))
+
+
+def _warn_of_cuts(examples: list[Example], renderer: Renderer, cap: int) -> None:
+    responses = sum(len(example.group.teachers) for example in examples)
+    cut = responses - sum(len(whole_teachers(each.group, each.row, renderer)) for each in examples)
+    if cut:
+        logger.warning(
+            "data.train: %d of %d responses are cut at sampling.max_response_tokens = %d; from those the "
+            "student does not learn to end",
+            cut,
+            responses,
+            cap,
+        )
 
 
 def training_examples(
@@ -83,14 +106,23 @@ def training_examples(
         UserError: if a prompt and a response together exceed what the model can attend to.
     """
     train = tokenise(run, "train", run.data.train, renderer)
-    check_context(model, train, run.recipe.sampling.max_response_tokens)
-    if not run.data.valid:
-        return train, []
-    return train, tokenise(run, "valid", run.data.valid, renderer)[: run.recipe.evaluation.prompts]
+    valid = tokenise(run, "valid", run.data.valid, renderer) if run.data.valid else []
+    valid = valid[: run.recipe.evaluation.prompts]
+    groups = [example.group for example in [*train, *valid]]
+    check_context(model, groups, run.recipe.sampling.max_response_tokens)
+    return train, valid
 
 
-def check_context(model: PreTrainedModel, examples: Sequence[Example], max_response_tokens: int) -> None:
+def check_context(
+    model: PreTrainedModel, groups: Iterable[Group], max_response_tokens: int, role: str = "student"
+) -> None:
     """Refuse prompts and responses that together exceed what the model can attend to, in one way for all.
+
+    Args:
+        model: what reads them.
+        groups: in its tokens.
+        max_response_tokens: of what will be sampled.
+        role: the model's, for the error.
 
     Raises:
         UserError: naming the lengths.
@@ -101,11 +133,17 @@ def check_context(model: PreTrainedModel, examples: Sequence[Example], max_respo
     if rope.get("rope_type") == "longrope":
         # One text beyond these changes what is computed of every shorter one beside it.
         context = rope["original_max_position_embeddings"]
-    longest = max(len(example.group.prompt_tokens) for example in examples)
-    if context is not None and longest + max_response_tokens > context:
+    prompt, response = max(
+        (
+            (len(group.prompt_tokens), max([max_response_tokens, *(len(b.tokens) for b in group.teachers)]))
+            for group in groups
+        ),
+        key=sum,
+    )
+    if context is not None and prompt + response > context:
         raise UserError(
-            f"sampling: the longest prompt ({longest} tokens) and max_response_tokens = "
-            f"{max_response_tokens} exceed the model's {context} positions; lower one of the two caps"
+            f"sampling: a prompt of {prompt} tokens and a response of {response} exceed the {role}'s "
+            f"{context} positions; lower max_prompt_tokens or max_response_tokens"
         )
 
 

@@ -169,7 +169,7 @@ def _sample_missing(
     temperature: float,
 ) -> None:
     cap = _cap(run)
-    check_context(student.model, examples, cap)
+    check_context(student.model, [example.group.only_students() for example in examples], cap)
     rows = run.folder.rows(f"generations/{file}.jsonl")
     written = {row["id"] for row in rows if row.get("model") == model.name}
     todo = [example for example in examples if example.row.id not in written]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gadfly.alarms import KINDS, Circumstances
+from gadfly.alarms import Circumstances
 from gadfly.checkpoint import (
     Checkpoint,
     checkpoint_steps,
@@ -26,9 +26,10 @@ from gadfly.checkpoint import (
 from gadfly.config import Training
 from gadfly.engine.movement import Movement
 from gadfly.errors import AlarmError
-from gadfly.stages.alarm_actions import StageAlarms, Stopped
+from gadfly.stage_settings import differences
+from gadfly.stages.alarm_actions import StageAlarms, Stopped, way_on
 from gadfly.stages.diagnostics import Metrics
-from gadfly.stages.run import Run
+from gadfly.stages.run import Run, environment
 from gadfly.stages.saving import CheckpointWriter, Engines, Snapshot
 from gadfly.stages.step_line import step_line
 
@@ -260,14 +261,18 @@ def training_loop(
             at; with the step and the last good checkpoint.
         GoBack: the stage is to be opened again, from before an alarm.
     """
-    begun = run.folder.read_json(f"{stage}/stage.json")
-    run.folder.write_json(f"{stage}/stage.json", {**begun, "total_steps": total_steps})
+    begun, now = run.folder.read_json(f"{stage}/stage.json"), environment()
+    made_by = begun.get("environment") or now
+    record = {**begun, "total_steps": total_steps, "environment": made_by}
+    run.folder.write_json(f"{stage}/stage.json", record)
     loop = TrainingLoop(run, stage, total_steps, training, engines, snapshot, evaluate, resumed_from)
     # A kill may have come amid a save, or between a save and what follows it.
     loop.tidy()
     loop.forget_later_rows()
     if resumed_from:
         logger.info("%s: going on after step %d of %d", stage, resumed_from.step, total_steps)
+        if changes := "; ".join(differences(made_by, now)):
+            logger.warning("%s: begun with other software (%s); its numbers may differ", stage, changes)
     try:
         yield loop
         loop.finish()
@@ -277,11 +282,9 @@ def training_loop(
         loop.finish()
         loop.answer(alarm)
         saved = "none yet" if loop.last_saved is None else f"step {loop.last_saved}"
-        # A sampler that is not the student's says itself what to do.
-        advice = f" {KINDS[alarm.alarm].advice_in(stage)}" if alarm.alarm == "not-finite" else ""
         raise AlarmError(
-            f"{stage} step {loop.step}: {alarm}. Last good checkpoint: {saved}.{advice} The same command "
-            f"goes on from there.",
+            f"{stage} step {loop.step}: {alarm}. Last good checkpoint: {saved}. "
+            f"The same command goes on from there{way_on(run, stage, alarm)}",
             alarm.alarm,
         ) from alarm
     run.folder.finish(stage, steps=total_steps, seconds=round(loop.seconds, 3))

@@ -154,7 +154,7 @@ def open_run(
         folder = SharedRunFolder(folder, processes)
         processes.check_same("recipe", _digest_of(recipe.model_dump_json()), "give all the same")
         processes.check_same("code of gadfly", code_digest(), "install the same version everywhere")
-        versions = json.dumps(_environment()["packages"])
+        versions = json.dumps(environment()["packages"])
         processes.check_same("packages", versions, "install the same versions everywhere")
         for role, name in (("student", recipe.student.model), ("discriminator", recipe.discriminator.model)):
             processes.check_same(f"{role}.model", model_identity(name) or "none", "give all the same weights")
@@ -165,7 +165,7 @@ def open_run(
     with folder.lock():
         _refuse_foreign_folder(folder)
         folder.write_json("config.json", recipe.model_dump(mode="json"))
-        folder.write_json("environment.json", _environment())
+        folder.write_json("environment.json", {**environment(), "command": " ".join(sys.argv[1:])})
         trackers = open_trackers(
             recipe.trackers.names if processes.rank == 0 else [],
             project=recipe.trackers.project,
@@ -194,11 +194,12 @@ def _refuse_foreign_folder(folder: RunFolder) -> None:
         )
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Versions and machine that numbers depend on, as `environment.json` and each `stage.json` hold them."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
     return {
         "gadfly": gadfly.__version__,
-        "command": " ".join(sys.argv[1:]),
+        "code": code_digest(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "packages": {name: importlib.metadata.version(name) for name in packages},

@@ -10,7 +10,7 @@ from gadfly.data.dataset import prompt_hash_fraction
 from gadfly.errors import DataError
 from gadfly.groups import Branch, Group, teacher_group
 from gadfly.records import Row
-from gadfly.stages.examples import Example, check_context
+from gadfly.stages.examples import Example, check_context, whole_teachers
 from gadfly.stages.roles import Writer, open_writer
 from gadfly.stages.rollout import sample_groups
 from gadfly.stages.run import Run
@@ -55,7 +55,7 @@ def ask(run: Run, stage: str, source: str | Path) -> Asked:
         if len(examples) == run.recipe.audit.prompts:
             break
         group = teacher_group(row, writer.renderer, sampling.max_response_tokens)
-        group = replace(group, teachers=_trained_on(run, row, group))
+        group = replace(group, teachers=_trained_on(run, row, group, writer.renderer))
         if group.teachers and len(group.prompt_tokens) <= sampling.max_prompt_tokens:
             examples.append(Example(row, group))
     if not examples:
@@ -64,7 +64,7 @@ def ask(run: Run, stage: str, source: str | Path) -> Asked:
             f"{sampling.max_prompt_tokens} and max_response_tokens = {sampling.max_response_tokens}; "
             f"raise them"
         )
-    check_context(writer.model, examples, sampling.max_response_tokens)
+    check_context(writer.model, [example.group for example in examples], sampling.max_response_tokens)
     # What is done for the first time takes longer than all later times.
     _samples(run, stage, writer, examples[:1], cap=1)
     started = time.perf_counter()
@@ -98,8 +98,6 @@ def _samples(
     return [sample for group in groups for sample in group.students]
 
 
-def _trained_on(run: Run, row: Row, group: Group) -> tuple[Branch, ...]:
-    if run.recipe.data.over_long_responses == "cut":
-        return group.teachers
-    pairs = zip(group.teachers, row.responses, strict=True)
-    return tuple(branch for branch, response in pairs if branch.finished == response.finished)
+def _trained_on(run: Run, row: Row, group: Group, renderer: Renderer) -> tuple[Branch, ...]:
+    is_cut = run.recipe.data.over_long_responses == "cut"
+    return group.teachers if is_cut else whole_teachers(group, row, renderer)

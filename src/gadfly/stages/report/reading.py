@@ -105,7 +105,7 @@ def read_evidence(folder: RunFolder, recipe: Recipe) -> Evidence:
     generations = sorted((folder.path / "generations").glob("*.jsonl"))
     return Evidence(
         recipe=recipe,
-        environment=folder.read_json("environment.json"),
+        environment=_environment(folder),
         stages=stages,
         data=summary.get("data", {}),
         evaluation=_evaluation(summary.get("evaluation", {})),
@@ -117,6 +117,14 @@ def read_evidence(folder: RunFolder, recipe: Recipe) -> Evidence:
         generations={path.stem: folder.rows(f"generations/{path.name}") for path in generations},
         **{part: summary.get(part, {}) for part in ("pairwise", "judge", "best", "collect")},
     )
+
+
+def _environment(folder: RunFolder) -> Record:
+    """What the newest stage was trained by; where nothing was trained, what the last command ran on."""
+    trained = (
+        folder.read_json(f"{name}/stage.json").get("environment") for name in reversed(TRAINING_STAGES)
+    )
+    return next(filter(None, trained), None) or folder.read_json("environment.json")
 
 
 def _curves(rows: Iterable[Record]) -> dict[str, dict[str, Curve]]:
