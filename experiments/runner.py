@@ -97,16 +97,19 @@ def _begin(path: Path, origin: str) -> None:
 
 def _settings(place: Path, arm: Arm, where: Path) -> list[str]:
     """An arm's own, and by which it takes over from the main run, and generates its own student alone."""
-    own = [f'run_folder="{where}"', *(setting.replace("{seed}", str(place)) for setting in arm.settings)]
-    if arm.kind != "gad":
-        return [*own, 'generate.checkpoints=["student"]']
-    start = [f'gad.start_from="{place / "warmup" / "latest"}"'] if arm.again == "gad" else []
-    return [*own, *start, 'generate.checkpoints=["gad"]']
+    own = [
+        f'run_folder="{where}"',
+        f'generate.checkpoints=["{"gad" if arm.kind == "gad" else "student"}"]',
+        *(setting.replace("{seed}", str(place)) for setting in arm.settings),
+    ]
+    start = f'gad.start_from="{place / "warmup" / "latest"}"'
+    return [*own, start] if arm.kind == "gad" and arm.again == "gad" else own
 
 
 def _run_arm(arm: Arm, place: Path, run: Run, *, tells: bool) -> None:
     if arm.kind == "gad":
-        for name in ("warmup", "gad") if arm.again == "warmup" else ("gad",):
+        chooses = ("best",) if run.recipe.checkpoints.best_by == "tell" else ()
+        for name in (*(("warmup",) if arm.again == "warmup" else ()), "gad", *chooses):
             stage(name)(run)
     elif not (run.folder.path / "student").exists():
         train = train_dpo if arm.kind == "dpo" else train_on_samples

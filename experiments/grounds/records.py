@@ -3,7 +3,6 @@
 The task is the demo's (`gadfly.demo`). Here the student's memory, the discriminator's size and the number
 of records may differ, and two more test sets leave what was trained on: `short` has records with three facts,
 where training has four or five; `unseen` has pairs of food and city that no training record has together.
-A second teacher is `sloppy`: it tells a fact twice in each of its answers.
 """
 
 import json
@@ -46,8 +45,7 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
 
     Settings: `records` to train on, `held_out` in every other set, `memory_tokens` of the student.
 
-    Beside the discriminator there are `same-size`, of the student's size, and `larger`; beside the training
-    rows there are `two-teachers`, where a sloppy one answers too.
+    Beside the discriminator there are `same-size`, of the student's size, and `larger`.
     """
     memory = int(settings.get("memory_tokens", 6))
     save_models(folder / "models", seed, memory_tokens=memory)
@@ -73,7 +71,6 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
     for name, records in sets.items():
         with (folder / "data" / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(_lines(name, records, rng))
-    _add_sloppy_teacher(folder / "data", seed)
 
 
 def valid(prompt: str, responses: Sequence[str], teachers: Sequence[str]) -> list[float]:
@@ -92,27 +89,41 @@ def measure(run: Run, settings: Mapping[str, Any]) -> None:
     """Let the oracle count valid answers, those that tell a fact twice, and the answers' variety.
 
     Of what warmup and gad trained, `ranking/in_group` says how the discriminator that it ended with ranks its
-    samples; of gad, `training` has means of its last steps.
+    samples, `ranking/in_group_before` the same of what gad began with; of gad, `training` has means of its
+    last steps.
     """
     del settings
     count_valid_answers(run.folder)
-    for file in sorted((run.folder.path / "generations").glob("*.jsonl")):
-        rows = run.folder.rows(f"generations/{file.name}")
-        for model in dict.fromkeys(row["model"] for row in rows):
+    for model, sets in run.folder.read_json("summary.json")["evaluation"].items():
+        for test_set in sets:
+            rows = run.folder.rows(f"generations/{test_set}.jsonl")
             texts = [(row["prompt"], row["response"]) for row in rows if row["model"] == model]
-            repeated = share([judge(parse_prompt(prompt), text).why == "repeated" for prompt, text in texts])
-            figures = {file.stem: {"repeated_fraction": repeated.as_record()}}
-            run.folder.update_summary("evaluation", {model: figures})
+            if texts:
+                repeated = share(
+                    [judge(parse_prompt(about), text).why == "repeated" for about, text in texts]
+                )
+                figures = {test_set: {"repeated_fraction": repeated.as_record()}}
+                run.folder.update_summary("evaluation", {model: figures})
     summarise_training(run)
+    _measure_ranking(run)
+
+
+def _measure_ranking(run: Run) -> None:
     evaluated = run.folder.read_json("summary.json")["evaluation"]
-    for stage in ("warmup", "gad"):
-        checkpoint = latest_checkpoint(run.folder.stage(stage))
-        if stage in evaluated and checkpoint is not None:
-            test_rows = load_rows(run.recipe.data.test["test"], needs_response=True).rows[:_RANKED_PROMPTS]
-            ranked = in_group_ranking(run, checkpoint.path, test_rows, _is_valid)
+    test_rows = load_rows(run.recipe.data.test["test"], needs_response=True).rows[:_RANKED_PROMPTS]
+    warmed_up, after = (latest_checkpoint(run.folder.stage(stage)) for stage in ("warmup", "gad"))
+    # An arm without a warmup of its own begins where its recipe says.
+    before = warmed_up.path if warmed_up else Path(str(run.recipe.gad.start_from))
+    for model, figure, checkpoint in (
+        ("warmup", "in_group", before),
+        ("gad", "in_group_before", before),
+        ("gad", "in_group", after.path if after else None),
+    ):
+        if model in evaluated and checkpoint is not None:
+            ranked = in_group_ranking(run, checkpoint, test_rows, _is_valid)
             if ranked and ranked.n > 1:
-                ranking = {"ranking": {"in_group": ranked.as_record()}}
-                run.folder.update_summary("evaluation", {stage: ranking})
+                ranking = {"ranking": {figure: ranked.as_record()}}
+                run.folder.update_summary("evaluation", {model: ranking})
 
 
 def _is_valid(row: Row, branch: Branch) -> bool:
@@ -138,18 +149,5 @@ def _shortened(record: Record, rng: random.Random) -> Record:
 
 def _lines(name: str, records: list[Record], rng: random.Random) -> Iterator[str]:
     for number, record in enumerate(records):
-        row = {"id": f"{name}-{number:04d}", "prompt": prompt(record), "teacher": "careful"}
+        row = {"id": f"{name}-{number:04d}", "prompt": prompt(record)}
         yield json.dumps({**row, "response": teacher_response(record, rng)}) + "\n"
-
-
-def _add_sloppy_teacher(data: Path, seed: int) -> None:
-    """Write the training rows with two answers each: the teacher's, and it with a sentence said twice."""
-    rng = random.Random(f"sloppy {seed}")
-    with (data / "two-teachers.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-        for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            sentences = [f"{text} ." for text in row.pop("response").removesuffix(" .").split(" . ")]
-            slip = sentences.copy()
-            slip.insert(rng.randrange(1, len(slip)), rng.choice(sentences))
-            row |= {"responses": [" ".join(sentences), " ".join(slip)], "teacher": ["careful", "sloppy"]}
-            file.write(json.dumps(row) + "\n")

@@ -48,12 +48,15 @@ def _prepare(folder: Path, seed: int, overrides: Sequence[str]) -> Recipe:
 
 
 def count_valid_answers(folder: RunFolder) -> None:
-    """Let the oracle judge every generation, and put its figures into `summary.json`."""
+    """Let the oracle judge the generations for every test set, and put its figures into `summary.json`."""
+    evaluated = folder.read_json("summary.json")["evaluation"]
     for file in sorted((folder.path / "generations").glob("*.jsonl")):
         rows = folder.rows(f"generations/{file.name}")
         for model in dict.fromkeys(row["model"] for row in rows):
-            own = [row for row in rows if row["model"] == model]
-            verdicts = [_verdict(row) for row in own]
+            if file.stem not in evaluated.get(model, {}):
+                # Answers to held-out prompts, which `best` chooses by.
+                continue
+            verdicts = [_verdict(row) for row in rows if row["model"] == model]
             valid = [verdict.valid for verdict in verdicts]
             figures = {
                 _VALID: share(valid),
