@@ -247,7 +247,9 @@ def test_a_loss_that_is_no_number_goes_back_too(recipe_file: Path, tmp_path: Pat
         work()
     message = str(stopped.value)
     assert message.startswith("gad step 33: the loss is nan (prompts p1); nothing was updated. Last good ")
-    assert "checkpoint: step 30. Lower gad.learning_rate" in message
+    assert "checkpoint: step 30. The same command goes on from there, and may meet the same again" in message
+    assert 'with alarms.actions.not-finite="roll_back" it does so at half the learning rates' in message
+    assert "Other settings need another name: Lower gad.learning_rate" in message
     assert outcome(tmp_path / "run")["alarms"][-1]["name"] == "not-finite"
     found = work("alarms.action=roll_back", "alarms.actions.drift=warn", "alarms.actions.too-strong=warn")
     assert [row["name"] for row in found["remedies"]] == ["not-finite"]

@@ -86,7 +86,8 @@ def test_it_is_the_mean_of_scipys_spearman_over_the_groups_with_an_order(
     groups = [group_of(*(first_words(count) for _, count in samples)) for samples in drawn]
     scores = [[float(score) for score, _ in samples] for samples in drawn]
     expected = []
-    for own, group in zip(scores, groups, strict=True):
+    # The first 32 groups of a step are enough.
+    for own, group in zip(scores[:32], groups[:32], strict=True):
         overlap = [rouge_l(branch.text, WORDS) for branch in group.students]
         if len(set(own)) > 1 and len(set(overlap)) > 1:
             expected.append(spearmanr(own, overlap).statistic)

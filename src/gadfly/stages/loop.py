@@ -263,8 +263,7 @@ def training_loop(
     """
     begun, now = run.folder.read_json(f"{stage}/stage.json"), environment()
     made_by = begun.get("environment") or now
-    record = {**begun, "total_steps": total_steps, "environment": made_by}
-    run.folder.write_json(f"{stage}/stage.json", record)
+    run.folder.write_json(f"{stage}/stage.json", begun | {"total_steps": total_steps, "environment": made_by})
     loop = TrainingLoop(run, stage, total_steps, training, engines, snapshot, evaluate, resumed_from)
     # A kill may have come amid a save, or between a save and what follows it.
     loop.tidy()
