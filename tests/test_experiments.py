@@ -214,55 +214,64 @@ def experiment(*arguments: object) -> str:
     return ended.stdout
 
 
-def test_the_mixture_runs_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
-    first = experiment("mixture", "--quick", "--folder", tmp_path)
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The smallest mixture: its folder, to be copied, and what was printed."""
+    folder = tmp_path_factory.mktemp("mixture")
+    return folder, experiment("mixture", "--quick", "--folder", folder)
+
+
+@pytest.fixture
+def mixture(ran: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the smallest mixture."""
+    return Path(shutil.copytree(ran[0], tmp_path / "copy", symlinks=True))
+
+
+def test_the_mixture_runs_and_what_is_done_is_not_done_again(ran: tuple[Path, str], mixture: Path) -> None:
+    _, first = ran
     assert all(f"| {title} |" in first for title in load_experiment("mixture").titles.values())
-    metrics = tmp_path / "mixture-quick" / "seed-2" / "metrics.jsonl"
+    metrics = mixture / "mixture-quick" / "seed-2" / "metrics.jsonl"
     before = metrics.read_bytes()
-    assert experiment("mixture", "--quick", "--folder", tmp_path) == first
+    assert experiment("mixture", "--quick", "--folder", mixture) == first
     assert metrics.read_bytes() == before
 
 
-def test_seeds_that_settings_were_chosen_on_are_in_no_table(tmp_path: Path) -> None:
-    experiment("mixture", "--quick", "--folder", tmp_path)
-    shutil.copytree(tmp_path / "mixture-quick" / "seed-2", tmp_path / "mixture-quick" / "seed-0")
-    both = experiment("mixture", "--quick", "--pages", "--first", 0, "--seeds", 3, "--folder", tmp_path)
+def test_seeds_that_settings_were_chosen_on_are_in_no_table(mixture: Path) -> None:
+    shutil.copytree(mixture / "mixture-quick" / "seed-2", mixture / "mixture-quick" / "seed-0")
+    both = experiment("mixture", "--quick", "--pages", "--first", 0, "--seeds", 3, "--folder", mixture)
     assert ", seeds 0, 2;" in both
-    assert ", seeds 2;" in experiment("mixture", "--quick", "--pages", "--folder", tmp_path)
+    assert ", seeds 2;" in experiment("mixture", "--quick", "--pages", "--folder", mixture)
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_what_was_begun_with_other_settings_is_refused_and_in_no_table(
-    is_killed: bool, tmp_path: Path
+    is_killed: bool, mixture: Path
 ) -> None:
-    experiment("mixture", "--quick", "--folder", tmp_path)
     if is_killed:
-        (tmp_path / "mixture-quick" / "seed-2" / "measured.json").unlink()
-    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(tmp_path)]
+        (mixture / "mixture-quick" / "seed-2" / "measured.json").unlink()
+    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(mixture)]
     other = [*command, "gad.max_steps=3"]
     ended = subprocess.run(other, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
-    refusal = f"{tmp_path / 'mixture-quick' / 'seed-2'}: begun with another recipe, arm or settings; delete"
+    refusal = f"{mixture / 'mixture-quick' / 'seed-2'}: begun with another recipe, arm or settings; delete"
     assert ended.stderr.splitlines()[-1].startswith(refusal)
     assert "no seed has been run" in experiment(*command[3:], "--pages", "gad.max_steps=3")
 
 
-def test_a_folder_that_nobody_knows_the_origin_of_is_refused(tmp_path: Path) -> None:
-    experiment("mixture", "--quick", "--folder", tmp_path)
-    seed = tmp_path / "mixture-quick" / "seed-2"
+def test_a_folder_that_nobody_knows_the_origin_of_is_refused(mixture: Path) -> None:
+    seed = mixture / "mixture-quick" / "seed-2"
     (seed / "origin.json").unlink()
-    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(mixture)]
     ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(f"{seed}: begun with another recipe, arm or settings")
 
 
-def test_an_arm_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
-    experiment("mixture", "--quick", "--folder", tmp_path)
-    arm = tmp_path / "mixture-quick" / "seed-2" / "arms" / "gad-frozen-discriminator"
+def test_an_arm_begun_with_other_settings_is_refused(mixture: Path) -> None:
+    arm = mixture / "mixture-quick" / "seed-2" / "arms" / "gad-frozen-discriminator"
     (arm / "measured.json").unlink()
     (arm / "origin.json").write_text('{"origin": "that of other settings"}', encoding="utf-8")
-    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(mixture)]
     ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(f"{arm}: begun with another recipe, arm or settings")
