@@ -101,6 +101,20 @@ def test_held_out_prompts_that_a_model_cannot_attend_to_are_refused(
         seqkd(run)
 
 
+def test_a_discriminator_that_cannot_attend_to_a_prompt_is_named(
+    recipe_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(tiny_model, short)
+    config = json.loads((short / "config.json").read_text(encoding="utf-8"))
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 80}), encoding="utf-8")
+    held_out = write_rows(tmp_path / "valid.jsonl", [{"prompt": "long " * 14, "response": "ok"}])
+    settings = [f"discriminator.model={short}", f"data.valid={held_out}"]
+    refusal = r"a response of 12 exceed the discriminator's 80 positions"
+    with open_run(load_recipe(recipe_file, settings)) as run, pytest.raises(UserError, match=refusal):
+        warmup(run)
+
+
 def test_a_set_of_which_nothing_fits_is_an_error(recipe_file: Path) -> None:
     settings = ["sampling.max_prompt_tokens=1"]
     with open_run(load_recipe(recipe_file, settings)) as run, pytest.raises(DataError, match="none of"):

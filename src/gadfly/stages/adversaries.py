@@ -208,7 +208,7 @@ def open_adversaries(
     examples, valid = training_examples(run, student.model, student.renderer)
     read = [*examples, *valid]
     groups = [example.group for example in read]
-    if base != recipe.student.model:
+    if recipe.discriminator.model not in (None, recipe.student.model):
         # Its tokens may be other and more.
         groups = discriminator.view(groups, read)
     cap = recipe.sampling.max_response_tokens
