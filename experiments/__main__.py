@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> None:
     own = seeds if is_tuning else None
     results = collect_results(options.name, experiment, folder, settings, ground, own)
     if is_kept and (earlier := kept_results(options.name)):
-        results = results.with_earlier(earlier)
+        results = results.with_earlier(earlier.without(experiment.tuning_seeds))
     sys.stdout.write(write_pages(options.name, experiment, results, is_kept=is_kept))
 
 

@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.experiment import FOLDER, Experiment, load_experiment, names
 from experiments.results import Results, Verdict, kept_results
 from gadfly.run_folder import write_text
-from gadfly.statistics import Figure
+from gadfly.statistics import Figure, mean
 
 _BEGIN, _END = "<!-- results: written by `python -m experiments`, not by hand -->", "<!-- end of results -->"
 _PAGE = FOLDER.parent / "docs" / "results.md"
@@ -35,8 +35,12 @@ def page() -> str:
     parts = [
         "# Results\n\nWritten by `python -m experiments`, from the folders of [experiments](../experiments); "
         "each has set-up, reading and all figures by seed. Intervals are 95 %, Student's t over seeds; "
-        "differences are paired by seed; *2 of 5* beside a figure: so many seeds have it. A claim *holds* or "
-        "*does not hold* where the interval of its difference is on one side of zero.\n",
+        "differences are paired by seed; *2 of 5* beside a figure: so many seeds have it, and where it is "
+        "two, both are given. A claim *holds* or *does not hold* where the interval of its difference is on "
+        "one side of zero. p is the paired t test's, corrected for the number of claims in the same table "
+        "of its experiment (Holm): a claim that holds with a p above .05 would not, if all of them were to "
+        "hold together. `stories` and `alpaca` have the same test prompts for every seed, so that their "
+        "intervals say nothing about other prompts.\n",
         _tested_again(kept),
     ]
     for name, results in kept.items():
@@ -53,12 +57,15 @@ def _tested_again(kept: Mapping[str, Results]) -> str:
     rows: dict[str, list[str]] = {}
     for name, results in kept.items():
         experiment = load_experiment(name)
-        for claim in experiment.claims:
-            if claim.paper:
+        for verdict in results.verdicts(experiment.claims, experiment.figure):
+            if verdict.claim.paper:
                 where = f"[{name}](../experiments/{name}/README.md)"
-                row = f"| {claim.paper} | {where} {_row(results.verdict(claim, experiment.figure))}"
-                rows.setdefault(claim.paper, []).append(row)
-    head = ["| of the paper | in | as tested | verdict | difference | seeds |", "|---" * 6 + "|"]
+                row = f"| {verdict.claim.paper} | {where} {_row(verdict)}"
+                rows.setdefault(verdict.claim.paper, []).append(row)
+    head = [
+        "| of the paper | in | as tested | verdict | difference | p, corrected | seeds |",
+        "|---" * 7 + "|",
+    ]
     return "\n".join(["## The paper's claims\n", *head, *(row for part in rows.values() for row in part), ""])
 
 
@@ -87,7 +94,7 @@ def _table(experiment: Experiment, results: Results) -> str:
         if model not in results.figures:
             continue
         count = len(results.figures[model].get(experiment.figure, {}))
-        cells = [_cell(results.figure(model, figure), count) for figure in columns]
+        cells = [_cell(list(results.figures[model].get(figure, {}).values()), count) for figure in columns]
         seconds = results.seconds.get(model, {})
         took = f"{sum(seconds.values()) / len(seconds):.0f}" if seconds else "–"  # noqa: RUF001
         lines.append(f"| {title} | " + " | ".join([*cells, took, str(count)]) + " |")
@@ -95,25 +102,31 @@ def _table(experiment: Experiment, results: Results) -> str:
 
 
 def _claims(experiment: Experiment, results: Results) -> str:
-    lines = ["| claim | verdict | difference | seeds |", "|---|---|---|---|"]
-    lines += [_row(results.verdict(claim, experiment.figure)) for claim in experiment.claims]
+    lines = ["| claim | verdict | difference | p, corrected | seeds |", "|---" * 5 + "|"]
+    lines += [_row(verdict) for verdict in results.verdicts(experiment.claims, experiment.figure)]
     return "\n".join(lines)
 
 
 def _row(verdict: Verdict) -> str:
     difference = verdict.difference
     words = f"{difference.value:+.3f} ({_ends(difference)})" if difference else "–"  # noqa: RUF001
+    p = "–" if verdict.p is None else "<.001" if verdict.p < 0.001 else f"{verdict.p:.3f}"  # noqa: RUF001
     count = difference.n if difference else 0
-    return f"| {verdict.claim.says} | **{verdict.word}** | {words} | {count} |"
+    return f"| {verdict.claim.says} | **{verdict.word}** | {words} | {p} | {count} |"
 
 
-def _cell(figure: Figure | None, seeds: int) -> str:
-    if figure is None:
+def _cell(values: Sequence[float], seeds: int) -> str:
+    if not values:
         return "–"  # noqa: RUF001
-    # Half of the interval's width: it is the same on both sides.
-    half = f" ± {figure.high - figure.value:.3f}" if figure.n > 1 else ""
+    figure = mean(values)
     fewer = "" if figure.n == seeds else f" ({figure.n} of {seeds})"
-    return f"{figure.value:.3f}{half}{fewer}"
+    if figure.n == 1:
+        return f"{figure.value:.3f}{fewer}"
+    if figure.n == 2:
+        # The interval of two is mostly wider than the range that a figure can have at all.
+        return f"{min(values):.3f}, {max(values):.3f}{fewer}"
+    # Half of the interval's width: it is the same on both sides.
+    return f"{figure.value:.3f} ± {figure.high - figure.value:.3f}{fewer}"
 
 
 def _ends(figure: Figure) -> str:

@@ -1,7 +1,7 @@
 """In-group ranking: how a discriminator orders a student's answers to one prompt, held against an oracle.
 
-GAD's advantages are nothing else than this order, so it bounds what the student can learn; accuracy against
-the teacher says little of it.
+GAD's advantages are this order and its spacing, so the student can learn nothing that it does not hold;
+accuracy against the teacher says little of it.
 """
 
 from collections.abc import Callable, Sequence

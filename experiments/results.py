@@ -1,14 +1,14 @@
 """Figures of all seeds put together: means with intervals, paired differences, and what they decide."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.experiment import FOLDER, Claim, Experiment
 from gadfly.run_folder import RunFolder
-from gadfly.statistics import Figure, mean, mean_difference
+from gadfly.statistics import Figure, mean_difference
 
 Values = Mapping[int, float]
 """A figure of one model, by seed."""
@@ -21,6 +21,8 @@ class Verdict:
     claim: Claim
     difference: Figure | None
     """Better minus worse, over the seeds that both have; None without one."""
+    p: float | None = None
+    """Of the paired t test, two-sided, corrected for the number of claims beside it; None below two seeds."""
 
     @property
     def word(self) -> str:
@@ -59,13 +61,22 @@ class Results:
         facts = {name: record[name] for name in record.keys() - {"seeds", "figures", "seconds"}}
         return cls(tuple(record["seeds"]), figures, seconds, facts)
 
-    def figure(self, model: str, name: str) -> Figure | None:
-        """Mean over seeds with Student's t interval; None where no seed has it."""
-        values = self.figures.get(model, {}).get(name, {})
-        return mean(list(values.values())) if values else None
+    def verdicts(self, claims: Sequence[Claim], figure: str) -> list[Verdict]:
+        """What the seeds say of each claim, with p values that Holm's procedure has corrected (Holm 1979).
 
-    def verdict(self, claim: Claim, figure: str) -> Verdict:
-        """What the seeds say of a claim."""
+        Args:
+            claims: all that are asked of these figures, since their number is what is corrected for.
+            figure: what decides where a claim names none.
+        """
+        alone = [self._verdict(claim, figure) for claim in claims]
+        tested = sorted((verdict.p, place) for place, verdict in enumerate(alone) if verdict.p is not None)
+        corrected, least = dict[int, float](), 0.0
+        for rank, (p, place) in enumerate(tested):
+            least = max(least, min(1.0, p * (len(tested) - rank)))
+            corrected[place] = least
+        return [replace(verdict, p=corrected.get(place)) for place, verdict in enumerate(alone)]
+
+    def _verdict(self, claim: Claim, figure: str) -> Verdict:
         better, worse = (
             self.figures.get(model, {}).get(claim.figure or figure, {})
             for model in (claim.better, claim.worse)
@@ -73,7 +84,25 @@ class Results:
         seeds = sorted(better.keys() & worse.keys())
         if not seeds:
             return Verdict(claim, None)
-        return Verdict(claim, mean_difference([better[s] for s in seeds], [worse[s] for s in seeds]))
+        pairs = [better[s] for s in seeds], [worse[s] for s in seeds]
+        return Verdict(claim, mean_difference(*pairs), _paired_p(*pairs))
+
+    def without(self, seeds: Collection[int]) -> "Results":
+        """All but what is of these seeds."""
+
+        def kept(values: Mapping[str, Values]) -> dict[str, Values]:
+            left = {
+                name: {seed: value for seed, value in own.items() if seed not in seeds}
+                for name, own in values.items()
+            }
+            return {name: own for name, own in left.items() if own}
+
+        return Results(
+            tuple(seed for seed in self.seeds if seed not in seeds),
+            {model: figures for model, own in self.figures.items() if (figures := kept(own))},
+            kept(self.seconds),
+            self.facts,
+        )
 
     def as_record(self) -> dict[str, Any]:
         """The content of `results.json`."""
@@ -110,6 +139,19 @@ class Results:
         }
         seeds = tuple(sorted({*self.seeds, *earlier.seeds}))
         return Results(seeds, figures, _merged(took, self.seconds), facts)
+
+
+def _paired_p(better: Sequence[float], worse: Sequence[float]) -> float | None:
+    """Two-sided p of the paired t test; None where one pair says nothing about spread."""
+    from scipy.stats import ttest_rel  # noqa: PLC0415  takes half a second
+
+    if len(better) < 2:
+        return None
+    # Rounding makes a spread of some 1e-17 where there is none, and the test divides by it.
+    differences = {round(a - b, 12) for a, b in zip(better, worse, strict=True)}
+    if len(differences) == 1:
+        return float(differences == {0.0})
+    return float(ttest_rel(better, worse).pvalue)
 
 
 def kept_results(name: str) -> Results | None:

@@ -501,12 +501,16 @@ def test_a_trial_asks_twenty_shows_some_and_tells_what_all_would_cost(desk: Desk
         assert bill in said.out
         assert desk.collect().code == 0
         paid_once(server.ledger, 100)
+        noted = RunFolder(desk.run).read_json("summary.json")["collect"]
+        assert noted["answers"] == 100
+        assert desk.collect("--trial").code == 0
+        assert RunFolder(desk.run).read_json("summary.json")["collect"] == noted
 
 
 def test_what_would_act_on_a_terminal_is_not_shown(desk: Desk) -> None:
     with FaultServer(answer=lambda _: "\x1b]0;title\x07a\tb\nc") as server:
         desk.write(server.base_url, 1)
-        assert "\ufffd]0;title\ufffda\tb\nc\n" in desk.collect("--trial").out
+        assert "«U+001B»]0;title«U+0007»a\tb\nc\n" in desk.collect("--trial").out
     assert desk.rows[0]["response"] == "\x1b]0;title\x07a\tb\nc"
 
 

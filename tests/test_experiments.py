@@ -14,7 +14,7 @@ import pytest
 from experiments.experiment import FOLDER, Claim, load_experiment, names
 from experiments.pages import page
 from experiments.ranking import in_group_ranking, rank_share
-from experiments.results import Results
+from experiments.results import Results, Verdict
 from gadfly.data.dataset import load_rows
 from gadfly.discriminator import load_discriminator, read_scores
 from gadfly.engine import Engine
@@ -37,39 +37,84 @@ def results(a: list[float], b: list[float]) -> Results:
     return Results(seeds, figures, {}, {})
 
 
+def verdict_of(a: list[float], b: list[float], claim: Claim = CLAIM) -> Verdict:
+    (verdict,) = results(a, b).verdicts([claim], "s/f")
+    return verdict
+
+
 def test_a_claim_holds_where_the_interval_of_its_paired_difference_is_above_zero() -> None:
-    verdict = results([0.5, 0.7, 0.6], [0.2, 0.4, 0.3]).verdict(CLAIM, "s/f")
+    verdict = verdict_of([0.5, 0.7, 0.6], [0.2, 0.4, 0.3])
     assert verdict.word == "holds"
     assert verdict.difference is not None
     assert verdict.difference.value == pytest.approx(0.3)
 
 
 def test_a_claim_does_not_hold_where_the_interval_is_below_zero() -> None:
-    assert results([0.2, 0.41, 0.3], [0.5, 0.7, 0.6]).verdict(CLAIM, "s/f").word == "does not hold"
+    assert verdict_of([0.2, 0.41, 0.3], [0.5, 0.7, 0.6]).word == "does not hold"
 
 
 def test_where_lower_is_better_the_verdict_is_the_opposite() -> None:
     lower = CLAIM.model_copy(update={"lower_is_better": True})
-    assert results([0.2, 0.41, 0.3], [0.5, 0.7, 0.6]).verdict(lower, "s/f").word == "holds"
+    assert verdict_of([0.2, 0.41, 0.3], [0.5, 0.7, 0.6], lower).word == "holds"
 
 
 def test_an_interval_around_zero_is_unclear() -> None:
     # Differences -0.3, 0.4, 0.2: mean 0.1, and t = 4.30 at two degrees of freedom makes it about +- 0.9.
-    assert results([0.2, 0.8, 0.5], [0.5, 0.4, 0.3]).verdict(CLAIM, "s/f").word == "unclear"
+    assert verdict_of([0.2, 0.8, 0.5], [0.5, 0.4, 0.3]).word == "unclear"
 
 
 def test_one_seed_decides_nothing() -> None:
-    assert results([0.9], [0.1]).verdict(CLAIM, "s/f").word == "unclear"
+    assert verdict_of([0.9], [0.1]).word == "unclear"
 
 
 def test_pairs_are_of_the_seeds_that_both_have() -> None:
-    difference = results([0.5, 0.7, 0.6], [0.2, 0.4]).verdict(CLAIM, "s/f").difference
+    difference = verdict_of([0.5, 0.7, 0.6], [0.2, 0.4]).difference
     assert difference is not None
     assert difference.n == 2
 
 
 def test_an_arm_that_was_not_run_has_no_verdict() -> None:
-    assert results([0.5], []).verdict(CLAIM, "s/f").word == "not run"
+    assert verdict_of([0.5], []).word == "not run"
+
+
+def test_p_values_are_those_of_the_paired_t_test_corrected_by_holm() -> None:
+    # Differences 0.3, 0.5, 0.4: t = 0.4 / (0.1 / sqrt 3) = 6.928, and p = 1 - t / sqrt(t^2 + 2) at two
+    # degrees of freedom. The other way round has the same, and what was not run counts for nothing.
+    other = CLAIM.model_copy(update={"better": "b", "worse": "a"})
+    missing = CLAIM.model_copy(update={"better": "c"})
+    alone = 1 - 6.928203 / (6.928203**2 + 2) ** 0.5
+    good = results([0.5, 0.9, 0.7], [0.2, 0.4, 0.3])
+    assert [v.p for v in good.verdicts([CLAIM], "s/f")] == [pytest.approx(alone)]
+    corrected = [v.p for v in good.verdicts([CLAIM, missing, other], "s/f")]
+    assert corrected == [pytest.approx(2 * alone), None, pytest.approx(2 * alone)]
+
+
+def test_holm_multiplies_the_least_p_by_the_number_of_claims_and_the_others_by_fewer() -> None:
+    figures = {
+        "a": {"strong": {1: 0.5, 2: 0.9, 3: 0.7}, "weak": {1: 0.5, 2: 0.9, 3: 0.4}},
+        "b": {"strong": {1: 0.2, 2: 0.4, 3: 0.3}, "weak": {1: 0.2, 2: 0.4, 3: 0.3}},
+    }
+    made = Results((1, 2, 3), figures, {}, {})
+    strong, weak = (CLAIM.model_copy(update={"figure": f"{name}"}) for name in ("strong", "weak"))
+    (alone,), (weak_alone,) = (made.verdicts([claim], "") for claim in (strong, weak))
+    first, second = made.verdicts([weak, strong], "")
+    assert alone.p is not None
+    assert weak_alone.p is not None
+    assert second.p == pytest.approx(2 * alone.p)
+    assert first.p == pytest.approx(max(weak_alone.p, 2 * alone.p))
+
+
+@pytest.mark.parametrize(("b", "p"), [([0.5, 0.5], 1.0), ([0.25, 0.25], 0.0)])
+def test_differences_without_spread_need_no_test(b: list[float], p: float) -> None:
+    assert verdict_of([0.5, 0.5], b).p == p
+    assert verdict_of([0.5], b[:1]).p is None
+
+
+def test_kept_results_of_a_seed_that_settings_were_chosen_on_are_left_out() -> None:
+    left = Results((1, 2), {"a": {"f": {1: 0.1, 2: 0.2}}, "b": {"f": {1: 0.3}}}, {"a": {1: 9.0}}, {}).without(
+        [1]
+    )
+    assert left == Results((2,), {"a": {"f": {2: 0.2}}}, {}, {})
 
 
 def test_an_unknown_experiment_is_refused_with_the_names_of_all() -> None:
@@ -207,9 +252,9 @@ def test_results_of_another_recipe_or_arm_of_that_name_are_not_kept() -> None:
     assert now.with_earlier(made_by("9", "2")) == now
 
 
-def experiment(*arguments: object) -> str:
+def experiment(*arguments: object, timeout: float = 280) -> str:
     command = [sys.executable, "-m", "experiments", *map(str, arguments)]
-    ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=280)
+    ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=timeout)
     assert ended.returncode == 0, ended.stderr[-2000:]
     return ended.stdout
 
@@ -293,13 +338,15 @@ def test_settings_may_stand_behind_options(tmp_path: Path) -> None:
             pytest.param(name, marks=pytest.mark.slow)
             for name in ("records", "memory", "many-records", "instability", "stories")
         ),
+        pytest.param("alpaca", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )
 def test_every_other_experiment_runs_at_its_smallest(name: str, tmp_path: Path) -> None:
     settings = load_experiment(name).ground_settings
-    if "models" in settings and not (FOLDER.parent / str(settings["models"])).is_dir():
-        pytest.skip(f"no models at {settings['models']}")
-    printed = experiment(name, "--quick", "--folder", tmp_path)
+    for folder in (str(settings[key]) for key in ("models", "model", "data") if key in settings):
+        if not (FOLDER.parent / folder).is_dir():
+            pytest.skip(f"nothing at {folder}")
+    printed = experiment(name, "--quick", "--folder", tmp_path, timeout=3500 if name == "alpaca" else 280)
     for title in load_experiment(name).titles.values():
         assert f"| {title} |" in printed
 

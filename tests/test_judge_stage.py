@@ -428,14 +428,3 @@ def test_half_a_character_from_the_judge_harms_nothing(generated: Folder) -> Non
         summary = run_judge(recipe, server, "judge.method=score", 'judge.models=["gad"]')
     assert summary["evaluation"]["gad"]["quiz"]["judge_score"]["value"] == pytest.approx(60)
     (recipe.parent / "runs/a/verdicts/answers.jsonl").read_text(encoding="utf-8")
-
-
-def test_a_test_set_cannot_take_the_file_of_what_was_paid_for(generated: Folder) -> None:
-    recipe = generated({"gad": lambda n: f"good {n}"})
-    with FaultServer(answer=score_judge) as server:
-        run_judge(recipe, server, "judge.method=score")
-        recipe.write_text(recipe.read_text().replace("quiz =", "answers ="))
-        generations = recipe.parent / "runs/a/generations"
-        (generations / "quiz.jsonl").rename(generations / "answers.jsonl")
-        with pytest.raises(ConfigError, match=r"data\.test\.answers: verdicts/answers\.jsonl holds other"):
-            run_judge(recipe, server, "judge.method=score")

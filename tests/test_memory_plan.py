@@ -264,6 +264,12 @@ def test_a_recipe_that_fits_is_told_part_by_part_without_a_run_folder(tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"model", "recipe.toml"}
 
 
+def test_several_answers_a_prompt_are_counted(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, BY_HAND), ["teacher.samples_per_prompt=4"])
+    # 256 prompts of 2048 tokens with 4 + 8 responses of 1536 to the discriminator, 8 to the student.
+    assert "at full length: 8,912,896 trained on" in plan(recipe, 1, "24GB")
+
+
 def test_host_memory_is_told_where_checkpoints_are_written_in_the_background(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, SEVEN_B)
     assert "host memory" not in plan(load_recipe(path), 8, "800GB")

@@ -119,6 +119,16 @@ def test_an_unknown_key_is_told_where_it_belongs(
             "use letters, digits, '.', '_' and '-', beginning with a letter or a digit",
         ),
         (
+            '[data]\ntest = { valid = "a.jsonl" }',
+            "data.test = {'valid': 'a.jsonl'}: "
+            "files named 'valid' hold the held-out prompts; rename the test set",
+        ),
+        (
+            '[data]\ntest = { answers = "a.jsonl" }',
+            "data.test = {'answers': 'a.jsonl'}: "
+            "files named 'answers' hold what a judge was paid for; rename the test set",
+        ),
+        (
             "[gad]\nstart_from = -1",
             "gad.start_from = -1: input should be 'latest' or greater than or equal to 0 or a valid string",
         ),

@@ -3,6 +3,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from report_runs import (
 )
 
 from gadfly.alarms import KINDS
+from gadfly.config import Recipe
 from gadfly.errors import RunFolderError
 from gadfly.stage_settings import stage_settings
 from gadfly.stages.report import report
@@ -90,6 +92,19 @@ def test_a_stage_begun_with_other_settings_is_remarked_on(tmp_path: Path) -> Non
     run.folder.write_json("gad/stage.json", {"settings": settings, "done": True})
     assert run.remarks() == ["GAD ran with other settings than this page shows"]
     assert "gad.group_size = 4, now 8" in run.page()
+
+
+def test_rewards_of_the_users_own_are_known_by_their_code_wherever_it_lies(tmp_path: Path) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text("def brevity(prompt, responses, teachers): ...\n", encoding="utf-8")
+    run = a_run(tmp_path)
+    rewards = {"brevity": {"function": f"{file}:brevity"}}
+    gad = run.recipe.model_dump(mode="json", include={"gad"})["gad"] | {"rewards": rewards}
+    run = replace(run, recipe=Recipe.model_validate(run.recipe.model_dump(mode="json") | {"gad": gad}))
+    run.folder.begin("gad", stage_settings(run.recipe, ("gad",)))
+    assert run.remarks() == []
+    file.write_text("def brevity(prompt, responses, teachers): return None\n", encoding="utf-8")
+    assert run.remarks() == ["GAD ran with other settings than this page shows"]
 
 
 @pytest.mark.parametrize(

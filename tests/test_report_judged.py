@@ -204,8 +204,8 @@ def test_the_choice_of_the_best_checkpoint_is_told_with_its_candidates(tmp_path:
     assert "step 120, chosen by the judge's score, on 64 held-out prompts, never by the training" in words
     assert "overlaps none of the others" in words
     assert "Held-out prompts, checkpoints of GAD" in words
-    run.folder.update_summary("best", {"gad": {"by": "tell_accuracy"}})
-    assert "tells it least often from the teacher" in Page(run.page()).words
+    run.folder.update_summary("best", {"gad": {"by": "tell_accuracy_same_length"}})
+    assert "tells it least from the teacher at the same length" in Page(run.page()).words
 
 
 def test_a_choice_that_was_made_anew_while_training_is_by_rouge(tmp_path: Path) -> None:

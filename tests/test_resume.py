@@ -282,3 +282,8 @@ def test_gad_starts_from_a_checkpoint_elsewhere(recipe: Path, undisturbed: Path,
     run = tmp_path / "elsewhere"
     finish("gad", recipe, run, f"gad.start_from={undisturbed / 'warmup' / 'latest'}")
     assert outcome(run, ("gad",)) == outcome(undisturbed, ("gad",))
+    # Gone on with or gone back in, it need not be told again where it began.
+    finish("gad", recipe, run)
+    step = checkpoint_steps(run / "gad")[0]
+    assert f"gad: going on after step {step} of 8" in finish("gad", recipe, run, f"gad.start_from={step}")
+    assert outcome(run, ("gad",)) == outcome(undisturbed, ("gad",))

@@ -300,11 +300,15 @@ def test_a_stage_that_is_begun_anew_leaves_nothing_of_the_old_model(run: RunFold
         return {"model": model, "id": "1", "prompt": "p", "response": "r", "finished": True}
 
     run.write_rows("generations/ships.jsonl", [answer("seqkd"), answer("gad")])
+    run.write_rows("generations/planes.jsonl", [answer("seqkd"), answer("gad/best")])
+    run.write_rows("verdicts/planes.jsonl", [{"model": "gad/best", "verdict": 7}])
     for model in ("seqkd", "gad"):
         run.begin(model, {})
         run.finish(model, steps=3, seconds=1.0)
         run.update_summary("evaluation", {model: {"ships": figures}})
-    run.update_summary("pairwise", {"ships": {}, "planes": {}})
+    run.update_summary("evaluation", {"gad/best": {"planes": figures}})
+    run.update_summary("best", {"gad": {"step": 3}})
+    run.update_summary("pairwise", {"ships": {}, "planes": {}, "trains": {}})
     before = run.read_json("summary.json")
     # Going on changes nothing.
     run.begin("gad", {})
@@ -314,9 +318,12 @@ def test_a_stage_that_is_begun_anew_leaves_nothing_of_the_old_model(run: RunFold
     assert run.read_json("summary.json") == {
         "stages": {"seqkd": {"steps": 3, "seconds": 1.0}},
         "evaluation": {"seqkd": {"ships": figures}},
-        "pairwise": {"planes": {}},
+        "best": {},
+        "pairwise": {"trains": {}},
     }
-    assert run.rows("generations/ships.jsonl") == [answer("seqkd")]
+    for test_set in ("ships", "planes"):
+        assert run.rows(f"generations/{test_set}.jsonl") == [answer("seqkd")]
+    assert run.rows("verdicts/planes.jsonl") == []
 
 
 def test_differences_are_found_in_every_table() -> None:

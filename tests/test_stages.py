@@ -18,6 +18,7 @@ from gadfly.records import Message
 from gadfly.stages.diagnostics import discriminator_metrics, student_scores
 from gadfly.stages.gad import gad
 from gadfly.stages.generate import generate
+from gadfly.stages.pipeline import run_stages
 from gadfly.stages.run import open_run
 from gadfly.stages.sft import seqkd, seqkd_equal_time
 from gadfly.stages.warmup import warmup
@@ -243,6 +244,46 @@ def test_checkpoints_written_in_the_background_are_the_same(recipe_file: Path, t
     assert {path.name for path in other.glob("*")} == {path.name for path in one.glob("*")}
     for file in one.glob("step-*/*/*.safetensors"):
         assert (other / file.relative_to(one)).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["generate.checkpoints=['seqdk']"], r"^generate.checkpoints: 'seqdk' is neither a stage nor in "),
+        (["checkpoints.best_by=score"], "^judge.model: must be given"),
+        (["judge.method=['tell', 'pairwise']"], "^judge.model: must be given"),
+        (
+            ["judge.method=score", "judge.model=m"],
+            "^judge.api_key_env: the environment variable OPENAI_API_KEY",
+        ),
+        (
+            ["judge.method=score", "judge.model=m", "judge.api_key_env=''", "judge.score_prompt=nowhere.txt"],
+            "nowhere.txt: no such judge prompt",
+        ),
+    ],
+)
+def test_what_would_end_a_run_after_its_training_ends_it_before(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], message: str
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with open_run(load_recipe(recipe_file, settings)) as run:
+        with pytest.raises(ConfigError, match=message):
+            run_stages(run)
+        assert not list(run.folder.path.glob("*/stage.json"))
+
+
+def test_a_run_whose_gad_begins_elsewhere_has_no_warmup_of_its_own(recipe_file: Path, tmp_path: Path) -> None:
+    with open_run(load_recipe(recipe_file)) as run:
+        warmup(run)
+        start = run.folder.stage("warmup") / "latest"
+    settings = [f"gad.start_from={start}", f"run_folder={tmp_path / 'other'}", "seqkd.equal_time=true"]
+    with open_run(load_recipe(recipe_file, settings)) as run:
+        run_stages(run)
+        summary = run.folder.read_json("summary.json")
+        assert sorted(summary["stages"]) == ["gad", "seqkd", "seqkd-equal-time"]
+        plan = run.folder.read_json("seqkd-equal-time/plan.json")
+    assert plan["seconds"] == summary["stages"]["gad"]["seconds"]
+    assert not (tmp_path / "other" / "audit-warmup.json").exists()
 
 
 def test_without_seqkd_the_equal_time_baseline_says_what_it_needs(recipe_file: Path) -> None:

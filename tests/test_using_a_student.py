@@ -1,5 +1,6 @@
 """What is done with a trained student: export and chat."""
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from gadfly.checkpoint import latest_checkpoint
@@ -62,6 +63,18 @@ def test_an_export_never_overwrites(stages: dict[int, Path], tmp_path: Path) -> 
         export(str(stages[0]), tmp_path, "float32")
 
 
+def test_a_full_disk_is_told_in_a_line(stages: dict[int, Path], tmp_path: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Enough for the settings, too little for the weights.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match=f"{tmp_path / 'out'}: cannot be written: "):
+            export(str(stages[0]), tmp_path / "out", "float32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_altered_checkpoint_is_not_exported(
     stages: dict[int, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -92,6 +105,13 @@ def test_a_chat_gives_the_student_all_turns_so_far(tiny_model: Path, tmp_path: P
     chat.answer("two")
     with pytest.raises(UserError, match="roles user, assistant, user, assistant, user: too long"):
         chat.answer("three")
+
+
+def test_a_conversation_beyond_the_positions_is_told_before_it_is_read(tiny_model: Path) -> None:
+    positions = AutoConfig.from_pretrained(tiny_model).max_position_embeddings
+    chat = Chat(str(tiny_model), system=None, temperature=0.0, max_tokens=positions, seed=0)
+    with pytest.raises(UserError, match=rf"and an answer of {positions} exceed the student's {positions} "):
+        chat.answer("one")
 
 
 def test_chat_answers_each_line_and_ends_with_the_input(stages: dict[int, Path]) -> None:

@@ -499,6 +499,36 @@ def test_several_trainers_hand_over_once_share_the_work_and_see_the_samples_of_o
     assert alone.sample(phase_requests(2), temperature=0.8, max_response_tokens=6) == seen[2]
 
 
+def hand_over_in_vain(processes: Processes, urls: list[str], folder: Path) -> list[str]:
+    """What one of several trainers hears when its second update reaches nobody, and the shards it met."""
+    student = Case(folder, [])
+    sampler = DealtSampler(
+        student.open(urls=urls, canary=Canary(student.student_logprobs), processes=processes), processes
+    )
+    sampler.update(in_shards(student.table))
+    shards = []
+
+    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in in_shards(student.table):
+            shards.append(name)
+            yield name, weight
+
+    with pytest.raises(ApiError) as refused:
+        sampler.update(counted())
+    return [str(refused.value), *shards]
+
+
+def test_a_hand_over_that_reaches_no_server_ends_in_every_trainer_with_the_cause(case: Case) -> None:
+    def gone_at_last(path: str, body: dict[str, Any]) -> int | None:
+        return 500 if path == "/pause" and len(case.servers[0].bodies(path)) > 1 else None
+
+    case.servers[0].fault = gone_at_last
+    first, other = side_by_side(hand_over_in_vain, [case.servers[0].url], case.folder)
+    assert first == other
+    assert "none is left" in first[0]
+    assert first[1:] == ["bias", "table"]
+
+
 # The recipe.
 
 

@@ -14,13 +14,14 @@ from transformers import AutoTokenizer
 
 from experiments.experiment import FOLDER
 from experiments.training import summarise_training
+from gadfly.analysis.tell import MIN_PROMPTS, tell_accuracy
 from gadfly.analysis.tell_model import open_embedder
 from gadfly.errors import ConfigError
 from gadfly.models import load_language_model
 from gadfly.records import Message, generations_file
 from gadfly.stages.generate import named_models
-from gadfly.stages.judge.answer_sheets import answer_sheets
-from gadfly.stages.judge.tell_figures import tell_figures
+from gadfly.stages.judge.answer_sheets import TEACHER, answer_sheets
+from gadfly.stages.judge.tell_figures import pairs_with_teacher
 from gadfly.stages.run import Run
 from gadfly.statistics import mean
 
@@ -77,9 +78,11 @@ def measure(run: Run, settings: Mapping[str, Any]) -> None:
     own = {generations_file(_OWN, temperature) for temperature in run.recipe.generate.temperatures}
     for sheet in answer_sheets(run):
         if sheet.name in own:
-            for model, figures in tell_figures(sheet, embed).items():
-                record = {"tell_accuracy_hidden": figures["tell_accuracy"].as_record()}
-                run.folder.update_summary("evaluation", {model: {sheet.name: record}})
+            for model in sheet.judged:
+                pairs = pairs_with_teacher(sheet, model)
+                if model != TEACHER and len(pairs) >= MIN_PROMPTS:
+                    record = {"tell_accuracy_hidden": tell_accuracy(pairs, embed).as_record()}
+                    run.folder.update_summary("evaluation", {model: {sheet.name: record}})
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@ checked at load.
 
 STAGE/step-000400/student        an ordinary Hugging Face folder
                  /discriminator  the same, the score head included
-                 /trainer        optimisers (`tensor_files.py`)
+                 /trainer        optimisers (`tensor_files.py`), and the groups to replay
                  /manifest.json  step, facts, and a hash of every file (`manifest.py`)
 STAGE/latest, STAGE/best         links
 """

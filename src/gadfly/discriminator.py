@@ -24,7 +24,7 @@ from gadfly.errors import CheckpointError
 from gadfly.groups import Branch, Group
 from gadfly.lora import SharedBase
 from gadfly.models import open_pretrained
-from gadfly.packing import MicroBatch, micro_batches
+from gadfly.packing import MicroBatch, pack
 from gadfly.stored_json import parse_object
 
 _HEAD_FILE = "score_head.safetensors"
@@ -284,7 +284,7 @@ def _score(model: Discriminator, groups: Sequence[Group]) -> Scores:
     device = model.score_head.weight.device
     with torch.no_grad():
         # One at a time: the score must not hang on what else is in the batch.
-        scores = [model(micro_batches([group], 1, device)[0]) for group in groups]
+        scores = [model(pack([group], [0], device)) for group in groups]
     return Scores(torch.cat(scores) if scores else torch.empty(0))
 
 

@@ -29,7 +29,7 @@ from gadfly.stored_json import check_fields, parse_object
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 # What peft puts before the names of the weights in a file, and what it calls an adapter in a model.
-_STORED, _ADAPTER = "base_model.model.", "default"
+STORED, ADAPTER = "base_model.model.", "default"
 
 
 class SharedBase:
@@ -109,7 +109,7 @@ class SharedBase:
     def _load(self, role: PreTrainedModel, folder: Path) -> None:
         stored = _read(folder, self._rank, self._alpha)
         prefix = f"{self._model.base_model_prefix}."
-        own = {name.replace(f".{_ADAPTER}.", "."): weight.data for name, weight in _adapter(role)}
+        own = {name.replace(f".{ADAPTER}.", "."): weight.data for name, weight in _adapter(role)}
         if own.keys() != stored.keys():
             # The language model the discriminator starts from has a name for its decoder.
             stored = {name.removeprefix(prefix): weight for name, weight in stored.items()}
@@ -159,7 +159,7 @@ def _add_adapter(model: PreTrainedModel, config: LoraConfig) -> None:
         with warnings.catch_warnings():
             # GPT-2's linear layers lie the other way round, which peft takes care of, with a warning.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-            model.add_adapter(config, _ADAPTER)
+            model.add_adapter(config, ADAPTER)
     except ValueError as refusal:
         raise UserError(
             f"student.lora_rank = {config.r}: {model.name_or_path!r} has no linear layers that peft can put "
@@ -192,4 +192,4 @@ def _read(folder: Path, rank: int, alpha: int) -> dict[str, Tensor]:
             f"{folder}: an adapter of rank {found[0]} and alpha {found[1]}, while the recipe has rank {rank} "
             f"and alpha {alpha}; set student.lora_rank and student.lora_alpha to what it was saved with"
         )
-    return {name.removeprefix(_STORED): weight for name, weight in stored.items()}
+    return {name.removeprefix(STORED): weight for name, weight in stored.items()}

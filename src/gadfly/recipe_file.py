@@ -67,8 +67,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         _resolve_paths(piece, Path.cwd())
         merge(table, piece)
         overridden.append(key)
-    if "name" in table and "run_folder" not in table:
-        table["run_folder"] = os.path.normpath(folder / "runs" / str(table["name"]))
+    if "name" in table:
+        given = table.setdefault("run_folder", os.path.normpath(folder / "runs" / "{name}"))
+        if isinstance(given, str):
+            # By whatever name the command line gives the run.
+            table["run_folder"] = os.path.normpath(given.replace("{name}", str(table["name"])))
     try:
         recipe = Recipe.model_validate(table)
     except ValidationError as invalid:

@@ -62,7 +62,7 @@ class Generation:
     model: str
     """Which arm wrote it: base, seqkd, warmup, gad, or the name of a further arm."""
     checkpoint: str
-    """The checkpoint it was written by, as given in `generate.checkpoints`, with its step."""
+    """What it was written by in full: `gad/step-000400 (DIGEST)`, or a model as `model_identity` knows it."""
     id: str
     prompt: str
     response: str

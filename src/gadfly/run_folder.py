@@ -197,16 +197,21 @@ class RunFolder:
         return False
 
     def forget(self, model: str) -> None:
-        """Drop what was made of a model that is to be trained anew: its times, figures, answers, verdicts."""
+        """Drop what was made of a model that is to be trained anew, and of its checkpoints: times, the choice
+        of the best, figures, answers, verdicts.
+        """
         summary = self.read_json("summary.json")
         times, figures = summary.get("stages") or {}, summary.get("evaluation") or {}
-        if model not in times and model not in figures:
+        arms = {name for name in figures if name == model or name.startswith(f"{model}/")}
+        if model not in times and not arms:
             return
         times.pop(model, None)
-        for test_set in figures.pop(model, {}):
+        (summary.get("best") or {}).pop(model, None)
+        for test_set in {test_set for arm in arms for test_set in figures.pop(arm)}:
             for section in ("pairwise", "judge"):
                 (summary.get(section) or {}).pop(test_set, None)
-            self.keep_rows(f"generations/{test_set}.jsonl", lambda row: row.get("model") != model)
+            (self.path / f"verdicts/{test_set}.jsonl").unlink(missing_ok=True)
+            self.keep_rows(f"generations/{test_set}.jsonl", lambda row: row.get("model") not in arms)
         self.write_json("summary.json", summary)
 
     def finish(self, stage: str, **facts: Any) -> None:

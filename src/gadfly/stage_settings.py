@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from gadfly.config import Recipe
+from gadfly.model_identity import model_identity
+from gadfly.reward_functions import code_identity
 
 # Settings that decide neither weights nor the distribution of samples: how often, how fast or on what
 # machines something is done, where gad starts (it notes the checkpoint itself), whether another stage runs.
@@ -19,9 +21,17 @@ _HARMLESS = {
 
 
 def stage_settings(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
-    """What decides a stage's result: the seed and the sections named, without the harmless keys."""
+    """What decides a stage's result: the seed and the sections named, without the harmless keys.
+
+    Models and the user's code are known by their content, wherever they lie.
+    """
     chosen = recipe.model_dump(mode="json", include=set(sections))
     kept = {name: {k: v for k, v in chosen[name].items() if k not in _HARMLESS} for name in sections}
+    for role in ("student", "discriminator"):
+        if role in kept:
+            kept[role]["model"] = model_identity(kept[role]["model"])
+    for reward in kept.get("gad", {}).get("rewards", {}).values():
+        reward["function"] = code_identity(reward["function"])
     return {"seed": recipe.seed, **kept}
 
 

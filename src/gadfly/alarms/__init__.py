@@ -12,10 +12,11 @@ from gadfly.alarms.alarm import Alarm, Change, Finding, Kind, Remedy
 from gadfly.alarms.bands import Band, change_band, mean_band
 from gadfly.alarms.catalogue import ALARMS, KINDS
 from gadfly.alarms.history import Circumstances, History, Series
-from gadfly.alarms.look import look
+from gadfly.alarms.look import FEW_PROMPTS, look, silent
 
 __all__ = [
     "ALARMS",
+    "FEW_PROMPTS",
     "KINDS",
     "Alarm",
     "Band",
@@ -29,4 +30,5 @@ __all__ = [
     "change_band",
     "look",
     "mean_band",
+    "silent",
 ]

@@ -4,8 +4,8 @@ from gadfly.alarms.alarm import Alarm, Kind
 from gadfly.alarms.catalogue import ALARMS, KINDS
 from gadfly.alarms.history import History
 
-# Fewer held-out prompts than this move by large steps and say little.
-_FEW_PROMPTS = 20
+FEW_PROMPTS = 20
+"""Fewer held-out prompts than this move by large steps and say little."""
 
 
 def look(history: History, *, only_new: bool = True) -> list[Alarm]:
@@ -45,10 +45,22 @@ def look(history: History, *, only_new: bool = True) -> list[Alarm]:
     return [alarm for name, alarm in found.items() if not _is_hidden(name, set(found), history)]
 
 
+def silent(stage: str, held_out: int) -> list[str]:
+    """The alarms that a stage cannot raise for want of held-out prompts.
+
+    Example:
+        >>> silent("seqkd", held_out=19), silent("seqkd", held_out=20)
+        (['repetition'], [])
+    """
+    if held_out >= FEW_PROMPTS:
+        return []
+    return [kind.name for kind in ALARMS if kind.held_out and (not kind.stages or stage in kind.stages)]
+
+
 def _is_of(kind: Kind, history: History) -> bool:
     """Whether the stage can raise the alarm at all."""
     is_of_stage = not kind.stages or history.stage in kind.stages
-    return is_of_stage and not (kind.held_out and history.circumstances.held_out < _FEW_PROMPTS)
+    return is_of_stage and not (kind.held_out and history.circumstances.held_out < FEW_PROMPTS)
 
 
 def _has_one(history: History, metrics: tuple[str, ...]) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gadfly.analysis.audit_findings import Finding
-from gadfly.analysis.surface_features import SurfaceTest, Written
+from gadfly.analysis.surface_features import THINKING, SurfaceTest, Written
 from gadfly.data.marks import mark_of
 from gadfly.statistics import Figure, mean, share
 
@@ -26,7 +26,6 @@ _MOST_LEFT_OUT = 0.5
 # Pairs told by their surface: from here on a discriminator need not read.
 _HIGH_ACCURACY = 0.8
 
-_THINKING = re.compile(r"</?(think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
 _CONTROL = re.compile(r"<\|\w+\|>|<\uff5c[^<>]{1,40}\uff5c>|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>")
 _MARKDOWN = re.compile(r"^ {0,3}(#{1,6} |[-*+] |\d{1,3}\. |```|\|)|\*\*\S", re.MULTILINE)
 _LIST_LINE = re.compile(r"\s*([-*+\u2022|>#]|\d{1,3}[.)]|[a-zA-Z][.)])")
@@ -89,7 +88,7 @@ def describe(name: str, answers: Sequence[Answer], control_strings: Collection[s
         "empty": counted(lambda text: not text.strip()),
         "several_lines": counted(lambda text: "\n" in text.strip()),
         "markdown": counted(_MARKDOWN.search),
-        "thinking_tags": counted(_THINKING.search),
+        "thinking_tags": counted(THINKING.search),
         "control_strings": counted(lambda text: has_control_string(text, control_strings)),
         "special_tokens": counted(lambda text: has_control_string(text, control_strings, only_own=True)),
         "other_script": counted(_is_beyond_latin),

@@ -52,7 +52,7 @@ _PER_CHARACTER = {
     "long_dashes": ("\u2013", "\u2014"),
     "wide_spaces": ("  ", "\t", "\u00a0"),
 }
-_THINKING = re.compile(r"</?(think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
+THINKING = re.compile(r"</?(think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
 _WORD = re.compile(r"\w+")
 
 
@@ -113,7 +113,7 @@ def surface_features(answer: Written) -> dict[str, float]:
         "begins_in_letter": float(first.isalpha()),
         "begins_in_digit": float(first.isdigit()),
         "begins_in_bracket": float(first in "{[" and first != ""),
-        "thinking_tags": float(_THINKING.search(text) is not None),
+        "thinking_tags": float(THINKING.search(text) is not None),
         "control_strings": float("<|" in text),
         "repetition": repetition(text),
     }

@@ -5,7 +5,7 @@ against is not independent of it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -41,8 +41,18 @@ def open_embedder(model_name: str) -> Embed:
 class _Embedder:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    read: dict[tuple[str, str], Float[np.ndarray, " feature"]] = field(default_factory=dict)
+    """What has been read already: the teacher's answers come again with every model."""
 
     def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> Float[np.ndarray, "answer feature"]:
+        wanted = list(zip(prompts, responses, strict=True))
+        if new := [answer for answer in dict.fromkeys(wanted) if answer not in self.read]:
+            self.read.update(zip(new, self._features(*zip(*new, strict=True)), strict=True))
+        return np.stack([self.read[answer] for answer in wanted])
+
+    def _features(
         self, prompts: Sequence[str], responses: Sequence[str]
     ) -> Float[np.ndarray, "answer feature"]:
         answers = self._cut_to_context(

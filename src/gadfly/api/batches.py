@@ -35,6 +35,8 @@ from gadfly.run_folder import Record, RunFolder
 
 logger = logging.getLogger(__name__)
 
+# The recipe's section and the stage: only the teacher is asked by batches.
+_SECTION, _LABEL = "teacher", "collect"
 # What the large providers take in one batch.
 _MAX_REQUESTS, _MAX_BYTES = 50_000, 100_000_000
 # How often a question is submitted that comes back without an answer.
@@ -46,11 +48,9 @@ _ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 
 def ask_by_batch(
     config: TeacherConfig,
-    section: str,
     questions: Sequence[Question],
     answers: PaidAnswers,
     folder: RunFolder,
-    label: str,
 ) -> Outcome:
     """Ask every question that has no answer on disk yet by batches, wait for them, and keep the answers.
 
@@ -59,7 +59,7 @@ def ask_by_batch(
     answer marked `rejected`.
 
     Raises:
-        ConfigError: the section names no model, or its key is missing.
+        ConfigError: `teacher` names no model, or its key is missing.
         ApiError: the API cannot be asked any further, refuses a batch, or left questions unanswered; what is
             submitted goes on at the provider.
         UserError: the budget is spent before every question is answered.
@@ -68,10 +68,10 @@ def ask_by_batch(
     book = BatchBook(folder)
     if not book.open and all(question.request.key in answers.by_key for question in questions):
         return Outcome()
-    api = ChatApi(config, section, spent_before(config, answers))
-    asking = _Asking(api, config.batch_poll_seconds, questions, answers, book, label)
+    api = ChatApi(config, _SECTION, spent_before(config, answers))
+    asking = _Asking(api, config.batch_poll_seconds, questions, answers, book)
     run_stoppable(asking.run())
-    return ended(asking.outcome, section, questions, answers, label)
+    return ended(asking.outcome, _SECTION, questions, answers, _LABEL)
 
 
 class _Asking:
@@ -84,12 +84,11 @@ class _Asking:
         questions: Sequence[Question],
         answers: PaidAnswers,
         book: BatchBook,
-        label: str,
     ):
         self.outcome = Outcome()
-        self._api, self._poll_seconds, self._label = api, poll_seconds, label
+        self._api, self._poll_seconds = api, poll_seconds
         self._answers, self._book = answers, book
-        self._calls, self._rows = BatchCalls(api, label), BatchRows(api)
+        self._calls, self._rows = BatchCalls(api, _LABEL), BatchRows(api)
         self._wanted = {question.request.key: question for question in questions}
         self._waiting: deque[Submission] = deque()
         self._max_requests, self._one_at_a_time = _MAX_REQUESTS, False
@@ -140,7 +139,7 @@ class _Asking:
             self._book.save()
             batch.batch_id = await self._calls.create(batch.name, batch.file_id, batch.noted_at)
             self._book.save()
-            logger.info("%s: %s submitted, %d questions", self._label, batch.batch_id, len(chosen))
+            logger.info("%s: %s submitted, %d questions", _LABEL, batch.batch_id, len(chosen))
 
     def _next_batch(self) -> tuple[list[Submission], bytes]:
         """As many as one batch and the budget hold, and the file to upload."""
@@ -271,7 +270,7 @@ class _Asking:
         looked = list(self._looked.values())
         in_batches = sum(batch.request_counts.completed for batch in looked if batch.request_counts)
         done = sum(key in self._answers.by_key for key in self._wanted) + in_batches
-        parts = [f"{self._label} {min(done, len(self._wanted)):,}/{len(self._wanted):,}"]
+        parts = [f"{_LABEL} {min(done, len(self._wanted)):,}/{len(self._wanted):,}"]
         if len(looked) == 1:
             parts.append(f"waiting for {looked[0].id} ({looked[0].status})")
         elif looked:

@@ -149,7 +149,8 @@ class JudgeConfig(ApiConfig):
     both_orders: bool = True
     """Ask for `score` in both orders and average. False: once, the student's answer second."""
     pairs: list[Annotated[list[Text], Field(min_length=2, max_length=2)]] = []
-    """Pairs of models for `pairwise`. Default: GAD against SeqKD, base and teacher, where they are."""
+    """Pairs of models for `pairwise`. Default: GAD against both SeqKD's, base
+    and teacher, where they are."""
     score_prompt: Text | None = None
     """File with another prompt for `score`. Default: the paper's."""
     pairwise_prompt: Text | None = None

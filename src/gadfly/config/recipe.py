@@ -5,9 +5,9 @@ otherwise. Reading a file, `key=value` and error messages are `recipe_file.py`; 
 what a recipe may hold.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gadfly.config.alarms import AlarmsConfig
 from gadfly.config.api import JudgeConfig, TeacherConfig
@@ -30,6 +30,17 @@ TRAINING_STAGES = ("seqkd", "discriminator-lm", "warmup", "gad", "seqkd-equal-ti
 _LORA_RATE_FACTOR = 10
 
 
+# What files of a test set's name hold in `generations` and `verdicts`.
+_TAKEN = {"valid": "the held-out prompts", "answers": "what a judge was paid for"}
+
+
+def _names_are_free(tests: dict[str, Any]) -> dict[str, Any]:
+    for name in tests:
+        if name in _TAKEN:
+            raise ValueError(f"files named {name!r} hold {_TAKEN[name]}; rename the test set")
+    return tests
+
+
 class DataConfig(Section):
     """Where prompts and teacher responses come from. A value is a file, a list of files, or a hub name."""
 
@@ -40,7 +51,7 @@ class DataConfig(Section):
     Default: what `collect` has gathered."""
     valid: Files | None = None
     """Held-out prompts with teacher responses. Without it, `valid_share` of `train` is held out."""
-    test: dict[Name, Files] = {}
+    test: Annotated[dict[Name, Files], AfterValidator(_names_are_free)] = {}
     """Test sets by name, for `generate`; teacher responses are optional there."""
     over_long_responses: Literal["cut", "drop"] = "cut"
     """Training responses over `sampling.max_response_tokens`: cut and marked unfinished, or left out."""
@@ -81,7 +92,8 @@ class CheckpointsConfig(Section):
     """Write checkpoints while training goes on, from a copy in memory: weights and optimisers once more."""
     best_by: Literal["rouge_l", "score", "tell"] = "rouge_l"
     """How `gad/best` is chosen. `score` and `tell` judge answers to the held-out prompts by every checkpoint
-    that is kept (so keep more with `keep_last`): the highest score, or the hardest to tell."""
+    that is kept (so keep more with `keep_last`): the highest score, or the hardest to tell at
+    equal length."""
 
 
 class EngineConfig(Section):
@@ -91,9 +103,10 @@ class EngineConfig(Section):
     """Tokens in one forward and backward pass; a single group may exceed it."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """`bfloat16`: matrix products of training under autocast, faster on processors that have it, many times
-    slower on others; `auto` takes the faster one, measured once a run. Weights, scores and losses stay in
-    `student.dtype`. The local sampler of one process rounds as training does, with LoRA excepted; elsewhere
-    sampled and trained log-probabilities differ by that rounding (`detail/sampler_gap_nats`)."""
+    slower on others; `auto` takes the faster one, measured once a run. Weights stay in `student.dtype`;
+    scores, log-probabilities and losses are at least float32. The local sampler of one process rounds as
+    training does, with LoRA excepted; elsewhere sampled and trained log-probabilities differ by that rounding
+    (`detail/sampler_gap_nats`)."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; default: torch's own choice. Tiny models run best on one or two."""
     activation_checkpointing: bool = False
@@ -101,7 +114,7 @@ class EngineConfig(Section):
     work, for memory that hardly grows with the number of layers."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """Of several processes: how long one may keep the others waiting, without any progress of its own, before
-    the run ends, naming it."""
+    the run ends, naming it. Also how long an answer of one of `sampling.servers` may take."""
 
 
 class TrackersConfig(Section):
@@ -121,7 +134,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Every random number follows from it."""
     run_folder: Text | None = None
-    """Overrides `runs/NAME`."""
+    """Overrides `runs/NAME`; `{name}` in it is the name of the run."""
     data: DataConfig = DataConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig

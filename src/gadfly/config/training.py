@@ -166,4 +166,9 @@ class GadConfig(Training):
     start_from: Literal["latest"] | Steps | Text = "latest"
     """`latest`: go on where this stage stopped, or else from warmup's end. A step: go back to that
     checkpoint of this stage. A path: a checkpoint folder whose student and discriminator are taken
-    instead of warmup's."""
+    instead of warmup's, which is then not run."""
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether `start_from` is a path."""
+        return isinstance(self.start_from, str) and self.start_from != "latest"

@@ -5,7 +5,6 @@ A row that cannot be decoded costs that row alone; a source that cannot be read 
 
 import codecs
 import json
-import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -13,9 +12,7 @@ from typing import Any
 
 from gadfly.data.row_formats import FIELDS, BadField, excerpt
 from gadfly.errors import DataError
-
-# NAME or OWNER/NAME, each starting like a word: anything else can only have been meant as a path.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+from gadfly.model_identity import may_be_hub_name
 
 
 def read_rows(source: str) -> Iterator[tuple[int, object]]:
@@ -40,7 +37,7 @@ def read_rows(source: str) -> Iterator[tuple[int, object]]:
             raise DataError(f"{source}: neither .jsonl, .json nor .parquet; convert or rename it")
         elif source and Path(source).is_dir():
             yield from _read_hub(source, source, "train")
-        elif _HUB_NAME.fullmatch(name) or (name and Path(name).is_dir()):
+        elif may_be_hub_name(name) or (name and Path(name).is_dir()):
             yield from _read_hub(source, name, split or "train")
         else:
             raise FileNotFoundError

@@ -85,7 +85,8 @@ def _table(folder: RunFolder) -> str:
         if _VALID not in sets["test"]:
             # The teacher wrote the test set's answers; the oracle is asked about models.
             continue
-        cells = [_cell(sets[name][figure]) for _, name, figure in columns]
+        # The recipe may be told of other temperatures than the table's.
+        cells = [_cell(sets[name][figure]) if name in sets else "-" for _, name, figure in columns]
         count = sets["test"][_VALID]["n"]
         lines.append("".join([f"{model:<20}", *(f"{cell:<26}" for cell in cells), str(count)]))
     lines.append("In brackets: 95 % intervals over the records of one seed.")

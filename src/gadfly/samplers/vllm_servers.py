@@ -11,7 +11,7 @@ beside it, as in `gadfly.samplers.vllm`.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -102,18 +102,9 @@ class VllmServers:
             ApiError: no server is left, or one was lost halfway through a transfer by NCCL.
             UserError: a server lacks a setting that the hand-over needs.
         """
-        if self._processes.rank == 0:
-            # Should the rest fail, servers stay paused until the next run opens them.
-            self._everywhere(lambda connection: connection.post("/pause", "to pause"))
-            self._hand_over.send(self._left(), weights)
-            self._everywhere(_forget_prompts)
-            self._everywhere(lambda connection: connection.post("/resume", "to go on"))
-        else:
-            # Shards come together in all processes at once.
-            for _ in weights:
-                pass
+        self._processes.together("hand-over to the servers", lambda: self._send(iter(weights)))
         losses = [server.loss for server in self._servers]
-        handed_over, *_ = self._processes.gather("hand-over to the servers", losses)
+        handed_over, *_ = self._processes.gather("servers lost at the hand-over", losses)
         # What the first process could not reach has old weights, however well others reach it.
         for server, loss in zip(self._servers, handed_over, strict=True):
             server.loss = server.loss or loss
@@ -195,17 +186,33 @@ class VllmServers:
         assert len(tokens) == len(logprobs), "one a token"
         return Sample(tuple(tokens), tuple(logprobs), choice["finish_reason"] == "stop")
 
+    def _send(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Hand the weights over, if this is the process that does."""
+        try:
+            if self._processes.rank == 0:
+                # Should the rest fail, servers stay paused until the next run opens them.
+                self._everywhere(lambda connection: connection.post("/pause", "to pause"))
+                self._hand_over.send(self._left(), weights)
+                self._everywhere(_forget_prompts)
+                self._everywhere(lambda connection: connection.post("/resume", "to go on"))
+        finally:
+            # Shards come together in all processes at once, also where this one could not use them.
+            for _ in weights:
+                pass
+
     def _compare(self) -> None:
         """The canary: the same text on every server and in the student."""
         if not self._text:
-            ((answer,),) = self.sample(
-                [self._canary_request], temperature=0.0, max_response_tokens=_CANARY_ANSWER
-            )
+            # The student's own part is a matter of all processes, so none may be missing there.
+            ((answer,),) = self._processes.together("the canary's answer", self._canary_answer)
             # What the student itself would say: in half precision, unlikely tokens are mostly rounding.
             self._text = [*self._canary_request.prompt_tokens, *answer.tokens]
         ours = self._canary.student_logprobs(self._text)
         for server, theirs in self._everywhere(self._canary_logprobs):
             self._canary.compare(server.url, ours, theirs)
+
+    def _canary_answer(self) -> list[list[Sample]]:
+        return self.sample([self._canary_request], temperature=0.0, max_response_tokens=_CANARY_ANSWER)
 
     async def _canary_logprobs(self, connection: Connection) -> tuple[Server, list[float]]:
         choice = await complete(

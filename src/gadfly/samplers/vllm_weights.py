@@ -16,9 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gadfly.disk_refusals import refusal_in
 from gadfly.errors import ApiError, GadflyError, UserError
 from gadfly.samplers.vllm_http import Body, Connection, Server, ServerLost, at_once
 
@@ -75,9 +77,9 @@ class FolderHandOver:
                     tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in chunk}
                     save_file(tensors, Path(name) / f"model-{number:05d}.safetensors")
                 self._have_read(servers, name)
-        except OSError as failure:
+        except (OSError, SafetensorError) as failure:
             raise UserError(
-                f"sampling.servers: cannot write weights to {self._folder}: {failure.strerror or failure}"
+                f"sampling.servers: cannot write weights to {self._folder}: {refusal_in(failure)}"
             ) from failure
 
     @staticmethod

@@ -135,7 +135,7 @@ class StageAlarms:
         alarm = Alarm(kind.name, kind.title, step, step, evidence, kind.cause, advice, remedy)
         wanted = self._decided(alarm)
         action: Action = "roll_back" if wanted.action == "roll_back" else "stop"
-        # It may be this process's alone: nobody may be waited for.
+        # Others may have it too: one row is enough.
         if self._run.processes.rank == 0:
             own = RunFolder(self._run.folder.path)
             own.append_rows("alarms.jsonl", [_row(self._stage, alarm, action)])

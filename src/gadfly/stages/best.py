@@ -23,7 +23,7 @@ def best(run: Run) -> None:
     """Judge every kept GAD checkpoint on held-out prompts, point `gad/best` at the winner, and note why.
 
     Raises:
-        ConfigError: `checkpoints.best_by` names no judge, or a test set has the name of the held-out one.
+        ConfigError: `checkpoints.best_by` names no judge.
         CheckpointError: there is no checkpoint to choose from.
         DataError: there are too few held-out prompts.
         ApiError: the judge cannot be asked.
@@ -33,8 +33,6 @@ def best(run: Run) -> None:
         raise ConfigError(
             'checkpoints.best_by = "rouge_l": chosen while training; "score" or "tell" choose anew'
         )
-    if _SET in run.recipe.data.test:
-        raise ConfigError(f"data.test.{_SET}: the held-out prompts have this name; rename the test set")
     folder = run.folder.stage(_STAGE)
     names = {f"{_STAGE}/step-{step:06d}": step for step in checkpoint_steps(folder)}
     if not names:
@@ -46,7 +44,7 @@ def best(run: Run) -> None:
     point(folder / "best", folder / f"step-{names[chosen]:06d}")
     note = {
         "step": names[chosen],
-        "by": "judge_score" if by == "score" else "tell_accuracy",
+        "by": "judge_score" if by == "score" else "tell_accuracy_same_length",
         "set": _SET,
         "n": num_prompts,
         "candidates": {name: figure.as_record() for name, figure in figures.items()},

@@ -1,9 +1,11 @@
 """A conversation with a trained student, turn by turn."""
 
 from gadfly.checkpoint import student_of
+from gadfly.errors import UserError
 from gadfly.models import load_language_model
 from gadfly.records import Message
 from gadfly.samplers import LocalSampler, Request
+from gadfly.stages.examples import positions_of
 
 
 class Chat:
@@ -24,7 +26,7 @@ class Chat:
         self, checkpoint: str, *, system: str | None, temperature: float, max_tokens: int, seed: int
     ):
         model, self._renderer = load_language_model(student_of(checkpoint), "float32")
-        self._sampler = LocalSampler(model, self._renderer.end_ids)
+        self._sampler, self._positions = LocalSampler(model, self._renderer.end_ids), positions_of(model)
         self._turns = [] if system is None else [Message("system", system)]
         self._temperature, self._max_tokens, self._seed = temperature, max_tokens, seed
 
@@ -32,10 +34,15 @@ class Chat:
         """The student's answer to a user turn; both become part of the conversation.
 
         Raises:
-            UserError: if the chat template refuses the conversation.
+            UserError: if the chat template refuses the conversation, or it is too long for the student.
         """
         turns = [*self._turns, Message("user", text)]
         tokens = tuple(self._renderer.prompt_tokens(turns))
+        if self._positions is not None and len(tokens) + self._max_tokens > self._positions:
+            raise UserError(
+                f"a conversation of {len(tokens)} tokens and an answer of {self._max_tokens} exceed the "
+                f"student's {self._positions} positions; begin anew, or give a smaller --max-tokens"
+            )
         request = Request(tokens, 1, f"{self._seed}\x00chat\x00{len(turns)}")
         ((sample,),) = self._sampler.sample(
             [request], temperature=self._temperature, max_response_tokens=self._max_tokens

@@ -34,7 +34,8 @@ def collect(run: Run) -> None:
         ApiError: the teacher cannot be asked any further, or did not answer every prompt.
         UserError: the budget is spent before every prompt is answered.
     """
-    _ask(run, questions(run.recipe, _prompts(run).rows), by_batch=run.recipe.teacher.batch)
+    asked = questions(run.recipe, _prompts(run).rows)
+    _ask(run, asked, by_batch=run.recipe.teacher.batch, among=asked)
 
 
 def trial(run: Run) -> str:
@@ -47,7 +48,7 @@ def trial(run: Run) -> str:
         ApiError: the teacher cannot be asked.
     """
     asked = questions(run.recipe, _prompts(run).rows)
-    rows = _ask(run, asked[:TRIAL_PROMPTS], by_batch=False)
+    rows = _ask(run, asked[:TRIAL_PROMPTS], by_batch=False, among=asked)
     shown = "\n\n".join(_shown(row) for row in rows[:_SHOWN])
     note = "\nthe trial was asked one by one, at the price of single requests" * run.recipe.teacher.batch
     return f"{shown}\n\n{_estimate(run, asked)}{note}"
@@ -113,22 +114,22 @@ def _prompts(run: Run) -> Dataset:
     return prompts
 
 
-def _ask(run: Run, asked: Sequence[Question], *, by_batch: bool) -> list[Record]:
-    """Ask, note in the summary what is on disk whatever happens, and return the answers."""
+def _ask(run: Run, asked: Sequence[Question], *, by_batch: bool, among: Sequence[Question]) -> list[Record]:
+    """Ask, note in the summary what is on disk of all questions whatever happens, and return the answers."""
     answers = PaidAnswers(run.folder, TEACHER_FILE)
     had = len(answers.by_key)
     try:
         if by_batch:
-            ask_by_batch(run.recipe.teacher, "teacher", asked, answers, run.folder, "collect")
+            ask_by_batch(run.recipe.teacher, asked, answers, run.folder)
         else:
             refuse_open_batches(run.folder)
             ask(run.recipe.teacher, "teacher", asked, answers, "collect")
     except BaseException:
         # What ended the asking is told, not that the summary cannot be written either.
         with contextlib.suppress(RunFolderError):
-            _note(run, asked, answers)
+            _note(run, among, answers)
         raise
-    _note(run, asked, answers)
+    _note(run, among, answers)
     if len(answers.by_key) == had:
         logger.info("collect: done already, %d answers", had)
     return answers.of(asked)
@@ -178,8 +179,4 @@ def _shown(row: Record) -> str:
     prompt = row["messages"][-1]["content"]
     length = (row.get("usage") or {}).get("completion_tokens", "?")
     mark = f", {row['mark']}" if row.get("mark") else ""
-    shown = f"> {prompt[:500]}\n{row['response'][:1000]}\n[{row.get('teacher')}, {length} tokens{mark}]"
-    # What would act on a terminal is not sent to it.
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else "\ufffd" for character in shown
-    )
+    return f"> {prompt[:500]}\n{row['response'][:1000]}\n[{row.get('teacher')}, {length} tokens{mark}]"

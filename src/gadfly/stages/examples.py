@@ -113,6 +113,17 @@ def training_examples(
     return train, valid
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can attend to; None if its config does not say."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # One text beyond these changes what is computed of every shorter one beside it.
+        return int(rope["original_max_position_embeddings"])
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions
+
+
 def check_context(
     model: PreTrainedModel, groups: Iterable[Group], max_response_tokens: int, role: str = "student"
 ) -> None:
@@ -127,12 +138,7 @@ def check_context(
     Raises:
         UserError: naming the lengths.
     """
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        # One text beyond these changes what is computed of every shorter one beside it.
-        context = rope["original_max_position_embeddings"]
+    context = positions_of(model)
     prompt, response = max(
         (
             (len(group.prompt_tokens), max([max_response_tokens, *(len(b.tokens) for b in group.teachers)]))

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from gadfly.checkpoint import student_of
+from gadfly.disk_refusals import refusal_in
 from gadfly.errors import UserError
 from gadfly.models import load_language_model, save_language_model
 
@@ -28,5 +29,7 @@ def export(checkpoint: str, folder: Path, dtype: str) -> None:
         beside.mkdir(parents=True)
         save_language_model(model, renderer.tokenizer, beside)
         beside.rename(folder)
-    except OSError as failure:
-        raise UserError(f"{folder}: cannot be written: {failure.strerror or failure}") from failure
+    except Exception as failure:
+        if (reason := refusal_in(failure)) is None:
+            raise
+        raise UserError(f"{folder}: cannot be written: {reason}") from failure

@@ -112,8 +112,13 @@ def gad(run: Run) -> None:
 def _open(run: Run) -> Adversaries | None:
     """Both players where the stage starts or goes on; None if it is done."""
     settings = run.recipe.gad
-    start = run.processes.once("the start of gad", lambda: _start(run.alone()))
+    start = run.processes.once("the start of gad", lambda: _start(run.alone()), is_patient=True)
     left = run.folder.begin("gad", {**run.stage_settings("discriminator", "gad"), "start": start.digest})
+    if settings.starts_elsewhere:
+        run.folder.write_json(
+            "gad/stage.json",
+            {**run.folder.read_json("gad/stage.json"), "began_at": str(start.path.resolve())},
+        )
     went_back = run.processes.once("gad.start_from", lambda: _go_back(run.alone()))
     if not (went_back or left):
         return None
@@ -128,10 +133,12 @@ def _open(run: Run) -> Adversaries | None:
 
 
 def _start(run: Run) -> Checkpoint:
-    """The checkpoint the stage starts from: warmup's end, or the folder `gad.start_from` names."""
-    start_from = run.recipe.gad.start_from
-    if isinstance(start_from, str) and start_from != "latest":
-        return open_checkpoint(Path(start_from))
+    """The checkpoint the stage starts from: warmup's end, or the folder `gad.start_from` names or named."""
+    # Once begun elsewhere, that need not be named again: a step to go back to may have taken its place.
+    began_at = run.folder.read_json("gad/stage.json").get("began_at")
+    elsewhere = run.recipe.gad.start_from if run.recipe.gad.starts_elsewhere else began_at
+    if elsewhere is not None:
+        return open_checkpoint(Path(str(elsewhere)))
     warmup = latest_checkpoint(run.folder.stage("warmup"))
     if warmup is None or not run.folder.is_done("warmup"):
         raise CheckpointError(

@@ -30,28 +30,40 @@ class Model:
     source: str
 
 
+def check_recipe(run: Run) -> None:
+    """Refuse before any training what could not be generated after it.
+
+    Raises:
+        ConfigError: two test sets would be written to one file, or a checkpoint can only be misspelt.
+    """
+    recipe = run.recipe
+    files = [generations_file(name, t) for name in recipe.data.test for t in recipe.generate.temperatures]
+    if twice := sorted({file for file in files if files.count(file) > 1}):
+        raise ConfigError(f"data.test: two sets would be written to generations/{twice[0]}.jsonl; rename one")
+    for name in recipe.generate.checkpoints:
+        is_of_run = name == "base" or name.partition("/")[0] in TRAINING_STAGES
+        if not is_of_run and not (run.folder.path / name).exists() and not Path(name).exists():
+            raise ConfigError(
+                f"generate.checkpoints: {name!r} is neither a stage nor in {run.folder.path} nor a folder"
+            )
+
+
 def generate(run: Run) -> None:
     """Write `generations/SET.jsonl` for every test set, and its figures into `summary.json`.
 
     What is there already of the same checkpoints and settings is kept.
 
     Raises:
-        ConfigError: if the recipe names no test set.
+        ConfigError: if the recipe names no test set, or as `check_recipe` says.
     """
     if not run.recipe.data.test:
         raise ConfigError('data.test: must be given to generate: test = { name = "file.jsonl" }')
+    check_recipe(run)
     sets = {name: load_rows(files, needs_response=False) for name, files in run.recipe.data.test.items()}
     for name, data in sets.items():
         run.processes.check_same(f"content of data.test.{name}", data.fingerprint, "give all the same files")
         run.bad_as_read[f"test.{name}"] = data.bad
-    files = [
-        generations_file(name, temperature)
-        for name in sets
-        for temperature in run.recipe.generate.temperatures
-    ]
-    if twice := sorted({file for file in files if files.count(file) > 1}):
-        raise ConfigError(f"data.test: two sets would be written to generations/{twice[0]}.jsonl; rename one")
-    for model in run.processes.once("checkpoints", lambda: named_models(run.alone())):
+    for model in run.processes.once("checkpoints", lambda: named_models(run.alone()), is_patient=True):
         student = None
         for name, data in sets.items():
             for temperature in run.recipe.generate.temperatures:
@@ -74,10 +86,12 @@ def generate_held_out(run: Run, names: Sequence[str], file: str) -> None:
         CheckpointError: there is no such checkpoint.
     """
     rows, num_prompts = run.data.valid, run.recipe.evaluation.prompts
+    # Prompts over the cap are left out, as the training stages have noted.
+    usable = run.folder.read_json("summary.json").get("data", {}).get("valid", {}).get("rows", len(rows))
     for model in run.processes.once("checkpoints", lambda: [_find(run.alone(), name) for name in names]):
         _forget_stale(run, file, model, Dataset(rows), 0.0)
         written = [row for row in run.folder.rows(f"generations/{file}.jsonl") if row["model"] == model.name]
-        if len(written) == min(num_prompts, len(rows)):
+        if len(written) == min(num_prompts, usable):
             continue
         student = open_writer(run, model.source)
         examples = tokenise(run, "valid", rows, student.renderer)[:num_prompts]

@@ -31,6 +31,7 @@ from gadfly.stages.alarm_actions import StageAlarms, Stopped, way_on
 from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.run import Run, environment
 from gadfly.stages.saving import CheckpointWriter, Engines, Snapshot
+from gadfly.stages.stage_start import tell_begun, tell_resumed
 from gadfly.stages.step_line import step_line
 
 logger = logging.getLogger(__name__)
@@ -118,13 +119,7 @@ class TrainingLoop:
     def log(self, metrics: Metrics) -> None:
         """Write a step's metrics to `metrics.jsonl`, the trackers and the console, and look for alarms."""
         metrics = metrics | self._still_fractions(metrics)
-        row = {
-            "stage": self._stage,
-            "step": self.step,
-            **metrics,
-            **self._times,
-            "time/unix": time.time(),
-        }
+        row = {"stage": self._stage, "step": self.step, **metrics, **self._times, "time/unix": time.time()}
         self._run.folder.append_rows("metrics.jsonl", [row])
         self._track(metrics)
         logger.info(self._line(metrics), extra={"live": True, "last": self.step == self.total_steps})
@@ -269,9 +264,9 @@ def training_loop(
     loop.tidy()
     loop.forget_later_rows()
     if resumed_from:
-        logger.info("%s: going on after step %d of %d", stage, resumed_from.step, total_steps)
-        if changes := "; ".join(differences(made_by, now)):
-            logger.warning("%s: begun with other software (%s); its numbers may differ", stage, changes)
+        tell_resumed(stage, resumed_from.step, total_steps, differences(made_by, now))
+    else:
+        tell_begun(stage, total_steps, training, _circumstances(run, training, engines).held_out)
     try:
         yield loop
         loop.finish()

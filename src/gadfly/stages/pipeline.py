@@ -40,15 +40,23 @@ def stage(name: str) -> Callable[[Run], None]:
 
 def run_stages(run: Run) -> None:
     """Run every stage that the recipe configures and that is not done yet; resumable at any moment."""
-    for files in run.recipe.data.test.values():
-        # A test set that cannot be read is better known before the training than after it.
-        load_rows(files, needs_response=False)
+    run.processes.once("a look ahead", lambda: _look_ahead(run.alone()), is_patient=True)
     for name in STAGES:
         if reason := _not_configured(run, name):
             logger.info("%s: skipped, %s", name, reason)
         else:
             run.processes.place = name
             stage(name)(run)
+
+
+def _look_ahead(run: Run) -> None:
+    """Find before the training what would end the run after it."""
+    if run.folder.is_done("gad"):
+        return
+    for files in run.recipe.data.test.values():
+        load_rows(files, needs_response=False)
+    for name in ("generate", "judge"):
+        import_module(f"gadfly.stages.{name}").check_recipe(run)
 
 
 def _not_configured(run: Run, name: str) -> str:
@@ -58,6 +66,8 @@ def _not_configured(run: Run, name: str) -> str:
         return "the recipe has no data.prompts and teacher.model"
     if name == "collect" and recipe.data.train is not None:
         return "the recipe has data.train"
+    if name in ("warmup", "audit-warmup") and recipe.gad.starts_elsewhere:
+        return "gad.start_from names where gad begins"
     if name == "seqkd-equal-time" and not recipe.seqkd.equal_time:
         return "seqkd.equal_time is false"
     if name == "best" and recipe.checkpoints.best_by == "rouge_l":

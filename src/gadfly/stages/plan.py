@@ -75,6 +75,7 @@ def workload(recipe: Recipe, gpus: int, gpu_memory: float) -> Workload:
         micro_batch_tokens=recipe.engine.micro_batch_tokens,
         batch_prompts=recipe.gad.batch_prompts,
         group_size=recipe.gad.group_size,
+        teachers=recipe.teacher.samples_per_prompt if recipe.data.train is None else 1,
         prompt_tokens=sampling.max_prompt_tokens,
         response_tokens=sampling.max_response_tokens,
         parallel_responses=sampling.max_parallel_responses,

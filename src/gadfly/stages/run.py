@@ -121,11 +121,6 @@ class Run:
             "content": self.data.fingerprint,
         }
         settings["precision"] = self.recipe.engine.precision
-        for role in ("student", "discriminator"):
-            if role in settings:
-                settings[role]["model"] = model_identity(settings[role]["model"])
-        for reward in settings.get("gad", {}).get("rewards", {}).values():
-            reward["function"] = code_identity(reward["function"])
         return settings
 
 

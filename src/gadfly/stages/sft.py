@@ -40,7 +40,9 @@ def seqkd_equal_time(run: Run) -> None:
     that a resumed run ends where an undisturbed one does.
     """
     stage = "seqkd-equal-time"
-    if missing := [name for name in ("seqkd", "warmup", "gad") if not run.folder.is_done(name)]:
+    # What gad began from elsewhere took its time there.
+    needed = ("seqkd", "gad") if run.recipe.gad.starts_elsewhere else ("seqkd", "warmup", "gad")
+    if missing := [name for name in needed if not run.folder.is_done(name)]:
         raise CheckpointError(f"{stage}: needs the times of {', '.join(missing)}; run them first")
     last = latest_checkpoint(run.folder.stage("gad"), run.processes)
     assert last is not None, "a finished stage has a checkpoint"
@@ -50,7 +52,7 @@ def seqkd_equal_time(run: Run) -> None:
     plan = run.folder.read_json(f"{stage}/plan.json")
     if not plan:
         stages = run.folder.read_json("summary.json")["stages"]
-        arms = [name for name in ("discriminator-lm", "warmup", "gad") if name in stages]
+        arms = [name for name in ("discriminator-lm", *needed[1:]) if name in stages]
         seconds = sum(stages[name]["seconds"] for name in arms)
         done, taken = stages["seqkd"]["steps"], stages["seqkd"]["seconds"]
         # What it takes to open and to close a stage, this one takes too.

@@ -18,14 +18,12 @@ from torch.distributed.tensor import DTensor
 from gadfly.checkpoint import checkpoint_steps
 from gadfly.distributed.processes import Processes
 from gadfly.errors import CheckpointError
+from gadfly.lora import ADAPTER, STORED
 from gadfly.tensor_files import check_tensors, load_tensors
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# What peft puts before the names of an adapter's weights in a file, and calls an adapter in a model.
-_STORED, _ADAPTER = "base_model.model.", "default"
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def with_snapshot(
         What `action` gives; None, with a warning, for a snapshot that cannot be read.
     """
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    is_adapter = any(f".{_ADAPTER}." in name for name in trained)
+    is_adapter = any(f".{ADAPTER}." in name for name in trained)
     tensors = {_stored_name(name, is_adapter): weight.detach() for name, weight in trained.items()}
     with _put_back(list(tensors.values())):
         try:
@@ -97,7 +95,7 @@ def _stored_name(name: str, is_adapter: bool) -> str:
     """What the discriminator's tensor is called in the files of its folder."""
     part, _, rest = name.partition(".")
     if part == "backbone" and is_adapter:
-        return _STORED + rest.replace(f".{_ADAPTER}.", ".")
+        return STORED + rest.replace(f".{ADAPTER}.", ".")
     return rest
 
 

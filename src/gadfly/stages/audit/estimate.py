@@ -37,9 +37,10 @@ class Pace:
     student_tokens: float
 
 
-def estimate(run: Run, num_rows: int, pace: Pace) -> dict[str, Any]:
+def estimate(run: Run, pace: Pace) -> dict[str, Any]:
     """Bytes a process and seconds, as `audit.json` holds them; no bytes where a model's config tells none."""
-    size = _num_processes()
+    size, num_rows = _num_processes(), len(run.data.train)
+    answers = [len(row.responses) for row in run.data.train]
     memory = _machine_memory(size)
     try:
         work = workload(run.recipe, size, memory)
@@ -47,7 +48,8 @@ def estimate(run: Run, num_rows: int, pace: Pace) -> dict[str, Any]:
         work = None
     # The discriminator's pace was measured; the student's follows from its size.
     relative = work.student.parameters / work.discriminator.decoder_parameters if work else 1.0
-    seconds = _seconds(run.recipe, num_rows, pace, relative)
+    taught = replace(pace, teacher_tokens=pace.teacher_tokens * sum(answers) / num_rows)
+    seconds = _seconds(run.recipe, num_rows, taught, relative)
     result: dict[str, Any] = {
         "seconds": {stage: round(value / size) for stage, value in seconds.items()},
         "sampled_tokens_per_second": round(pace.sampled),
@@ -55,7 +57,12 @@ def estimate(run: Run, num_rows: int, pace: Pace) -> dict[str, Any]:
     }
     if work is None:
         return result
-    work = replace(work, is_flex=torch.cuda.is_available(), batch_prompts=min(work.batch_prompts, num_rows))
+    work = replace(
+        work,
+        is_flex=torch.cuda.is_available(),
+        batch_prompts=min(work.batch_prompts, num_rows),
+        teachers=max(answers),
+    )
     if not torch.cuda.is_available() and work.sampler == "vllm":
         work = replace(work, sampler="local")
     return result | {
@@ -99,7 +106,8 @@ def _disk_bytes(recipe: Recipe, work: Workload) -> float:
     student = (
         both * work.student.parameters / (work.student.parameters + work.discriminator.decoder_parameters)
     )
-    return (2 * kept + 1) * both + (1 + recipe.seqkd.equal_time) * kept * student
+    language = both - student if recipe.discriminator.lm_steps else 0.0
+    return (2 * kept + 1) * both + kept * ((1 + recipe.seqkd.equal_time) * student + language)
 
 
 def _steps(training: Training, num_rows: int) -> int:

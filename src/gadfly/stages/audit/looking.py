@@ -93,7 +93,7 @@ def look(
     leaks = find_leaks(run.data.train, {**sets, "valid": run.data.valid})
     chosen_on = find_leaks(run.data.valid, sets)
     twice = score_twice(run, checkpoint, renderer, [e.row for e in asked.examples], asked.samples)
-    estimated = estimate(run, len(run.data.train), _pace(asked, as_trained, student, twice.tokens_per_second))
+    estimated = estimate(run, _pace(asked, as_trained, student, twice.tokens_per_second))
     findings = [
         *template_findings(renderer),
         *token_findings(renderer, teacher_answers.responses, teacher_answers.tokens),

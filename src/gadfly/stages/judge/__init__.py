@@ -8,9 +8,12 @@ the figures, in `summary.json`, are of the last time that a set was judged: of o
 import logging
 from dataclasses import dataclass, field
 
+from gadfly.api.api_key import ApiKey
 from gadfly.run_folder import Record, merge
 from gadfly.stages.judge.answer_sheets import AnswerSheet, answer_sheets
+from gadfly.stages.judge.bench import Bench
 from gadfly.stages.judge.families import shared_family
+from gadfly.stages.judge.judge_prompt import load_prompt
 from gadfly.stages.judge.pairwise import pairwise
 from gadfly.stages.judge.score import score
 from gadfly.stages.judge.tell_figures import embedder, tell_figures
@@ -20,6 +23,22 @@ from gadfly.statistics import Figure
 logger = logging.getLogger(__name__)
 
 _FIGURES = ("judge_score", "judge_score_of_means", "tell_accuracy", "tell_accuracy_same_length")
+
+
+def check_recipe(run: Run) -> None:
+    """Refuse before any training what would end the judging after it.
+
+    Raises:
+        ConfigError: a judge is to be asked and none is named, or its key or a prompt's file is missing.
+    """
+    config = run.recipe.judge
+    methods = {config.method} if isinstance(config.method, str) else set(config.method)
+    wanted = (methods if run.recipe.data.test else set()) | {run.recipe.checkpoints.best_by}
+    for method, prompt in (("score", config.score_prompt), ("pairwise", config.pairwise_prompt)):
+        if method in wanted:
+            Bench(run, method)
+            ApiKey.of(config, "judge")
+            load_prompt(prompt or method)
 
 
 def judge(run: Run) -> None:

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gadfly.data.dataset import load_rows
-from gadfly.errors import ConfigError, UserError
+from gadfly.errors import UserError
 from gadfly.records import Row, generations_file
-from gadfly.stages.judge.bench import ANSWERS_FILE
 from gadfly.stages.run import Run
 
 TEACHER = "teacher"
@@ -34,7 +33,6 @@ def answer_sheets(run: Run) -> list[AnswerSheet]:
     """A sheet for every test set and temperature that was generated; `judge.models` says whom to judge.
 
     Raises:
-        ConfigError: a test set has the name of the file of what the judge is paid for.
         UserError: nothing was generated, or a model has no answers.
     """
     sheets = []
@@ -42,8 +40,6 @@ def answer_sheets(run: Run) -> list[AnswerSheet]:
         rows = load_rows(files, needs_response=False).rows
         for temperature in run.recipe.generate.temperatures:
             file = generations_file(name, temperature)
-            if f"verdicts/{file}.jsonl" == ANSWERS_FILE:
-                raise ConfigError(f"data.test.{name}: {ANSWERS_FILE} holds other things; rename the test set")
             if sheet := _sheet(run, file, rows):
                 sheets.append(sheet)
     if not sheets:

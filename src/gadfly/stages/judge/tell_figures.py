@@ -28,18 +28,23 @@ def tell_figures(sheet: AnswerSheet, embed: Embed | None) -> dict[str, dict[str,
     for model in sheet.judged:
         if model == TEACHER:
             continue
-        rows = sheet.answered_by(model, TEACHER)
-        if len(rows) < MIN_PROMPTS:
-            logger.info("judge %s: no tell, %d answers are too few (%d)", sheet.name, len(rows), MIN_PROMPTS)
+        pairs = pairs_with_teacher(sheet, model)
+        if len(pairs) < MIN_PROMPTS:
+            logger.info("judge %s: no tell, %d answers are too few (%d)", sheet.name, len(pairs), MIN_PROMPTS)
             continue
-        pairs = [
-            Pair(row.prompt, sheet.answers[TEACHER][row.id], sheet.answers[model][row.id]) for row in rows
-        ]
         figures[model] = {
             "tell_accuracy": tell_accuracy(pairs, embed),
             "tell_accuracy_same_length": tell_accuracy(same_length(pairs), embed),
         }
     return figures
+
+
+def pairs_with_teacher(sheet: AnswerSheet, model: str) -> list[Pair]:
+    """A model's answers beside the teacher's, where both answered."""
+    return [
+        Pair(row.prompt, sheet.answers[TEACHER][row.id], sheet.answers[model][row.id])
+        for row in sheet.answered_by(model, TEACHER)
+    ]
 
 
 def embedder(run: Run) -> Embed | None:

@@ -10,7 +10,7 @@ from gadfly.statistics import Figure
 _BY = {
     "rouge_l": "ROUGE-L, a diagnostic",
     "judge_score": "the judge's score",
-    "tell_accuracy": "the classifier, which tells it least often from the teacher at the same length",
+    "tell_accuracy_same_length": "the classifier, which tells it least from the teacher at the same length",
 }
 
 
@@ -71,7 +71,7 @@ def _choice(stage: str, noted: Record) -> Choice:
         f"{_BY.get(by, figure_label(by))}, on {counted(noted['n'], 'held-out prompt')}, never by the "
         f"training reward.{_overlap(figures, step)}"
     )
-    column = figure_label("tell_accuracy_same_length" if by == "tell_accuracy" else by)
+    column = figure_label(by)
     candidates = tuple(
         Candidate(f"{at:,}", number(figure.value), interval(figure.low, figure.high), at == step)
         for at, figure in sorted(figures.items())

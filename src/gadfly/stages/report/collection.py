@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from gadfly.api.spending import spell_dollars
 from gadfly.stages.report.reading import Evidence
 from gadfly.stages.report.wording import counted, listed, percent
 
@@ -65,4 +66,4 @@ def collection(evidence: Evidence) -> Collection | None:
 def _price(dollars: int | float | None) -> str:
     if dollars is None:
         return "cost not known, for want of teacher.price"
-    return f"${dollars:,.2f}" if dollars >= 0.01 or dollars == 0 else f"${dollars:.2g}"
+    return spell_dollars(float(dollars))

@@ -124,7 +124,12 @@ def _panel(evidence: Evidence, stage: str, metric: Metric, curve: Curve) -> Pane
     companion = evidence.curve(stage, name)
     trend = smooth(curve)
     ends = dict.fromkeys((number(float(trend.middle[0])), number(float(trend.middle[-1]))))
-    svg = _draw(visible(f"{stage} {metric.name}"), metric, trend, smooth(companion) if companion else None)
+    reference = _REFERENCES.get(metric.name)
+    if metric.name == "discriminator/loss" and evidence.recipe.discriminator.loss == "cross_entropy":
+        # A term for the teacher and one for the student, each at chance.
+        reference = 2 * math.log(2)
+    salt = visible(f"{stage} {metric.name}")
+    svg = _draw(salt, metric, trend, smooth(companion) if companion else None, reference)
     if not companion:
         cap = f"{evidence.recipe.sampling.max_response_tokens:,}"
         note = _LOOKALIKES.get(metric.name, "").format(cap=cap)
@@ -161,11 +166,12 @@ def smooth(curve: Curve) -> Trend:
     return Trend(steps[places], low, middle, high, window=2 * half + 1)
 
 
-def _draw(salt: str, metric: Metric, trend: Trend, companion: Trend | None) -> Markup:
+def _draw(
+    salt: str, metric: Metric, trend: Trend, companion: Trend | None, reference: float | None
+) -> Markup:
     with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
         figure = Figure(figsize=(3.5, 1.65), layout="constrained")
         axes = figure.add_subplot()
-        reference = _REFERENCES.get(metric.name)
         if reference is not None:
             axes.axhline(reference, color=_OTHER, linewidth=0.8, linestyle=(0, (4, 3)))
         if companion:

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 
-from gadfly.model_identity import model_identity
 from gadfly.run_folder import Record
-from gadfly.stage_settings import differences
+from gadfly.stage_settings import differences, stage_settings
 from gadfly.stages.report.reading import Evidence
 from gadfly.stages.report.remarks.remark import Remark
 from gadfly.stages.report.wording import counted, stage_label
@@ -25,9 +24,8 @@ def no_equal_time_baseline(evidence: Evidence) -> Iterator[Remark]:
 
 def other_settings(evidence: Evidence) -> Iterator[Remark]:
     """Settings of a stage that are not the recipe's."""
-    now = evidence.recipe.model_dump(mode="json")
-    for role in ("student", "discriminator"):
-        now[role]["model"] = model_identity(now[role]["model"])
+    sections = evidence.recipe.model_dump(mode="json", exclude={"name", "seed", "run_folder"})
+    now = stage_settings(evidence.recipe, tuple(sections))
     for stage in evidence.stages.values():
         changes = list(differences(*_shared(stage.settings, now)))
         if changes:
