@@ -125,7 +125,7 @@ def test_on_two_threads_gradients_are_the_same_to_the_last_bit_every_time(
     is_chunked: bool, tiny_model: Path
 ) -> None:
     student, _ = load_language_model(str(tiny_model), "float32")
-    # The prompt's last state foretells the first token of all eight; threads that each add to its gradient,
+    # The prompt's last state predicts the first token of all eight; threads that each add to its gradient,
     # as torch's indexing has them do from 32,768 numbers on, come in any order.
     long = [group.only_students() for group in random_groups(2, 1, students=8, lengths=[300])]
     engine = Engine(student, LogprobReader(1.0, is_chunked), micro_batch_tokens=10**6, optimizer=Optimizer())

@@ -10,8 +10,8 @@ from gadfly.stages.judge.families import family, shared_family
 from gadfly.stages.judge.judge_prompt import DEFAULT_PROMPTS, JudgePrompt, after_reasoning, load_prompt
 from gadfly.stages.judge.pairwise_protocol import outcome, parse_preference
 from gadfly.stages.judge.score_protocol import (
+    JudgeScores,
     ScoredPrompt,
-    Scores,
     mean_of_ratios,
     num_unparsable,
     parse_scores,
@@ -206,8 +206,8 @@ def test_anything_else_is_no_score(text):
 
 
 def test_scores_go_to_whom_stood_in_that_place():
-    assert read_scores("8 9", student_first=True) == Scores(student=8, reference=9)
-    assert read_scores("8 9", student_first=False) == Scores(student=9, reference=8)
+    assert read_scores("8 9", student_first=True) == JudgeScores(student=8, reference=9)
+    assert read_scores("8 9", student_first=False) == JudgeScores(student=9, reference=8)
 
 
 @given(st.integers(10, 100), st.integers(10, 100))
@@ -217,10 +217,10 @@ def test_every_pair_of_scores_in_range_is_read_back(a, b):
 
 def test_both_averages_equal_numbers_worked_by_hand():
     prompts = [
-        ScoredPrompt("a", (Scores(6, 4), Scores(3, 6))),  # ratios 60 and 33.3: 46.7; scores 4.5 and 5
-        ScoredPrompt("b", (Scores(9, 1),)),  # 90; 9 and 1
+        ScoredPrompt("a", (JudgeScores(6, 4), JudgeScores(3, 6))),  # 60 and 33.3: 46.7; 4.5 and 5
+        ScoredPrompt("b", (JudgeScores(9, 1),)),  # 90; 9 and 1
         ScoredPrompt("c", (None, None)),
-        ScoredPrompt("d", (Scores(5, 5),)),  # 50; 5 and 5
+        ScoredPrompt("d", (JudgeScores(5, 5),)),  # 50; 5 and 5
     ]
     ratios = mean_of_ratios(prompts)
     assert (ratios.value, ratios.n) == (pytest.approx((140 / 3 + 90 + 50) / 3), 3)
@@ -253,7 +253,9 @@ def test_a_prompt_read_in_one_of_two_orders_is_left_out(student_first):
 
 
 scored_prompts = st.lists(
-    st.lists(st.none() | st.builds(Scores, st.integers(1, 10), st.integers(1, 10)), min_size=1, max_size=2),
+    st.lists(
+        st.none() | st.builds(JudgeScores, st.integers(1, 10), st.integers(1, 10)), min_size=1, max_size=2
+    ),
     min_size=1,
     max_size=8,
 )

@@ -171,7 +171,7 @@ def test_interleaved_roles_are_three_models_with_the_adapters_merged_into_them(
     policy = only_batch(STUDENT_GROUPS, shares_prompts=shares_prompts)
 
     def logprobs(model: PreTrainedModel) -> Tensor:
-        hidden = policy.foretelling(model.base_model(**policy.arguments()).last_hidden_state)
+        hidden = policy.predicting_states(model.base_model(**policy.arguments()).last_hidden_state)
         # Chunks of four tokens: all but a few logits are made again in the backward pass.
         values, _ = chunked_logprobs(
             model.get_output_embeddings(), hidden, policy.tokens, 0.8, chunk_logits=4 * 259

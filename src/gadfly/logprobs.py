@@ -46,7 +46,7 @@ class LogprobReader:
         """One forward pass; logits exist for response positions only."""
         tokens, mask = batch.tokens, batch.response_mask
         if self.is_chunked:
-            hidden = batch.foretelling(_backbone(model)(**batch.arguments()).last_hidden_state)
+            hidden = batch.predicting_states(_backbone(model)(**batch.arguments()).last_hidden_state)
             values, entropy = chunked_logprobs(_head(model), hidden, tokens, self.temperature)
         else:
             values, entropy = _of_logits(_response_logits(model, batch), tokens, self.temperature)
@@ -69,7 +69,7 @@ def chunked_logprobs(
 
     Args:
         head: the linear map from last hidden states to logits.
-        hidden: the states that foretell the tokens.
+        hidden: the states that predict the tokens.
         tokens: what came.
         temperature: divides the logits.
         chunk_logits: numbers alive at once.
@@ -132,13 +132,13 @@ def _head(model: nn.Module) -> nn.Module:
 
 def _response_logits(model: nn.Module, batch: MicroBatch) -> Float[Tensor, "real vocabulary"]:
     if batch.shared is not None:
-        # Each once: the last token of a prompt foretells the first of all its branches.
-        places, where = batch.shared.foretelling.unique(return_inverse=True)
+        # Each once: the last token of a prompt predicts the first of all its branches.
+        places, where = batch.shared.predicting_positions.unique(return_inverse=True)
         logits: Tensor = model(**batch.arguments(), logits_to_keep=places).logits
         return logits[0].index_select(0, where)
     num_columns = batch.response_tokens.shape[1]
     logits = model(**batch.arguments(), logits_to_keep=num_columns + 1).logits
-    # The last prompt column foretells the first response token.
+    # The last prompt column predicts the first response token.
     return logits[:, -num_columns - 1 : -1][batch.response_mask]
 
 

@@ -65,11 +65,13 @@ class MicroBatch:
             "use_cache": False,
         }
 
-    def foretelling(self, hidden: Float[Tensor, "line column channel"]) -> Float[Tensor, "token channel"]:
-        """Those of a model's states that foretell the response tokens, row by row."""
+    def predicting_states(
+        self, hidden: Float[Tensor, "line column channel"]
+    ) -> Float[Tensor, "token channel"]:
+        """Those of a model's states that predict the response tokens, row by row."""
         if self.shared is not None:
-            return hidden[0].index_select(0, self.shared.foretelling)
-        # The last prompt column foretells the first response token.
+            return hidden[0].index_select(0, self.shared.predicting_positions)
+        # The last prompt column predicts the first response token.
         before = hidden[:, self.num_prompt_columns - 1 : -1]
         return before[self.response_mask]
 

@@ -83,8 +83,8 @@ class SharedPrompts:
         return sequence_arguments(self.input_ids, self.position_ids, self)
 
     @property
-    def foretelling(self) -> Int[Tensor, " response_token"]:
-        """Where the tokens are that foretell the branches' tokens, row by row."""
+    def predicting_positions(self) -> Int[Tensor, " response_token"]:
+        """Positions whose states predict the tokens of the branches, row by row."""
         places: list[int] = []
         for last, start, length in zip(
             self._last_of_prompts(), self._branch_starts, self._branch_lengths, strict=True

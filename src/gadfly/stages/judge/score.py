@@ -9,8 +9,8 @@ from gadfly.stages.judge.answer_sheets import AnswerSheet
 from gadfly.stages.judge.bench import Bench
 from gadfly.stages.judge.judge_prompt import after_reasoning, load_prompt
 from gadfly.stages.judge.score_protocol import (
+    JudgeScores,
     ScoredPrompt,
-    Scores,
     mean_of_ratios,
     num_unparsable,
     ratio_of_means,
@@ -105,7 +105,7 @@ def _named(pairs: Sequence[tuple[float, float]]) -> dict[str, int]:
     return {"first": signs[1], "second": signs[-1], "tie": signs[0]}
 
 
-def _row(place: _Place, scores: Scores | None, text: str, reference: str) -> Record:
+def _row(place: _Place, scores: JudgeScores | None, text: str, reference: str) -> Record:
     return {
         "method": "score",
         "model": place.model,

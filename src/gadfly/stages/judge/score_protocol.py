@@ -47,11 +47,11 @@ def _first_line_scores(text: str) -> tuple[float, float] | None:
 
 
 @dataclass(frozen=True)
-class Scores:
+class JudgeScores:
     """What the judge gave to both answers in one order.
 
     Example:
-        >>> Scores(student=6, reference=9).ratio
+        >>> JudgeScores(student=6, reference=9).ratio
         40.0
     """
 
@@ -64,12 +64,12 @@ class Scores:
         return 100 * self.student / (self.student + self.reference)
 
 
-def read_scores(text: str, *, student_first: bool) -> Scores | None:
+def read_scores(text: str, *, student_first: bool) -> JudgeScores | None:
     """The scores of a judge's answer, given which answer it read first; see `parse_scores`."""
     scores = parse_scores(text)
     if scores is None:
         return None
-    return Scores(*scores) if student_first else Scores(*reversed(scores))
+    return JudgeScores(*scores) if student_first else JudgeScores(*reversed(scores))
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,18 @@ class ScoredPrompt:
     """One prompt and what the judge gave in each order it was asked.
 
     Example:
-        >>> ScoredPrompt("7", (Scores(6, 9), Scores(5, 5))).parsed
-        (Scores(student=6, reference=9), Scores(student=5, reference=5))
-        >>> ScoredPrompt("8", (Scores(6, 9), None)).parsed
+        >>> ScoredPrompt("7", (JudgeScores(6, 9), JudgeScores(5, 5))).parsed
+        (JudgeScores(student=6, reference=9), JudgeScores(student=5, reference=5))
+        >>> ScoredPrompt("8", (JudgeScores(6, 9), None)).parsed
         ()
     """
 
     id: str
-    verdicts: tuple[Scores | None, ...]
+    verdicts: tuple[JudgeScores | None, ...]
     """One an order; None where the judge's answer was unparsable to the last."""
 
     @property
-    def parsed(self) -> tuple[Scores, ...]:
+    def parsed(self) -> tuple[JudgeScores, ...]:
         """The verdicts, if that of every order could be read; else none.
 
         The order that is left would bring what the judge gives to a place into the figures.
@@ -138,7 +138,7 @@ def ratio_of_means(prompts: Sequence[ScoredPrompt]) -> Figure:
 def _ratio_of_sums(totals: Sequence[tuple[float, float]]) -> float:
     student = sum(pair[0] for pair in totals)
     reference = sum(pair[1] for pair in totals)
-    return Scores(student, reference).ratio
+    return JudgeScores(student, reference).ratio
 
 
 def _mean(values: Sequence[int | float]) -> float:
