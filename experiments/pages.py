@@ -39,8 +39,8 @@ def page() -> str:
         "two, both are given. A claim *holds* or *does not hold* where the interval of its difference is on "
         "one side of zero. p is the paired t test's, corrected for the number of claims in the same table "
         "of its experiment (Holm): a claim that holds with a p above .05 would not, if all of them were to "
-        "hold together. `stories` and `alpaca` have the same test prompts for every seed, so that their "
-        "intervals say nothing about other prompts.\n",
+        "hold together. `alpaca` has the same test prompts for every seed, so that its intervals say nothing "
+        "about other prompts; all others have new ones.\n",
         _tested_again(kept),
     ]
     for name, results in kept.items():
