@@ -69,7 +69,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         overridden.append(key)
     if "name" in table:
         given = table.setdefault("run_folder", os.path.normpath(folder / "runs" / "{name}"))
-        if isinstance(given, str):
+        if isinstance(given, str) and given:
             # By whatever name the command line gives the run.
             table["run_folder"] = os.path.normpath(given.replace("{name}", str(table["name"])))
     try:

@@ -203,14 +203,16 @@ class RunFolder:
         summary = self.read_json("summary.json")
         times, figures = summary.get("stages") or {}, summary.get("evaluation") or {}
         arms = {name for name in figures if name == model or name.startswith(f"{model}/")}
-        if model not in times and not arms:
+        if model not in times and not arms and model not in (summary.get("best") or {}):
             return
         times.pop(model, None)
         (summary.get("best") or {}).pop(model, None)
         for test_set in {test_set for arm in arms for test_set in figures.pop(arm)}:
             for section in ("pairwise", "judge"):
                 (summary.get(section) or {}).pop(test_set, None)
-            (self.path / f"verdicts/{test_set}.jsonl").unlink(missing_ok=True)
+            # That file holds what was paid for, whatever set an older run named so.
+            if test_set != "answers" and Path(test_set).name == test_set:
+                (self.path / f"verdicts/{test_set}.jsonl").unlink(missing_ok=True)
             self.keep_rows(f"generations/{test_set}.jsonl", lambda row: row.get("model") not in arms)
         self.write_json("summary.json", summary)
 

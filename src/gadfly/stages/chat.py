@@ -38,15 +38,16 @@ class Chat:
         """
         turns = [*self._turns, Message("user", text)]
         tokens = tuple(self._renderer.prompt_tokens(turns))
-        if self._positions is not None and len(tokens) + self._max_tokens > self._positions:
+        cap = self._max_tokens
+        if self._positions is not None:
+            cap = min(cap, self._positions - len(tokens))
+        if cap < 1:
             raise UserError(
-                f"a conversation of {len(tokens)} tokens and an answer of {self._max_tokens} exceed the "
-                f"student's {self._positions} positions; begin anew, or give a smaller --max-tokens"
+                f"a conversation of {len(tokens)} tokens leaves no room for an answer in the student's "
+                f"{self._positions} positions; begin anew"
             )
         request = Request(tokens, 1, f"{self._seed}\x00chat\x00{len(turns)}")
-        ((sample,),) = self._sampler.sample(
-            [request], temperature=self._temperature, max_response_tokens=self._max_tokens
-        )
+        ((sample,),) = self._sampler.sample([request], temperature=self._temperature, max_response_tokens=cap)
         answer = self._renderer.response_text(sample.tokens)
         self._turns = [*turns, Message("assistant", answer)]
         return answer

@@ -135,10 +135,8 @@ def _open(run: Run) -> Adversaries | None:
 def _start(run: Run) -> Checkpoint:
     """The checkpoint the stage starts from: warmup's end, or the folder `gad.start_from` names or named."""
     # Once begun elsewhere, that need not be named again: a step to go back to may have taken its place.
-    began_at = run.folder.read_json("gad/stage.json").get("began_at")
-    elsewhere = run.recipe.gad.start_from if run.recipe.gad.starts_elsewhere else began_at
-    if elsewhere is not None:
-        return open_checkpoint(Path(str(elsewhere)))
+    if (elsewhere := run.gad_begins_at) is not None:
+        return open_checkpoint(Path(elsewhere))
     warmup = latest_checkpoint(run.folder.stage("warmup"))
     if warmup is None or not run.folder.is_done("warmup"):
         raise CheckpointError(

@@ -42,7 +42,9 @@ def check_recipe(run: Run) -> None:
         raise ConfigError(f"data.test: two sets would be written to generations/{twice[0]}.jsonl; rename one")
     for name in recipe.generate.checkpoints:
         is_of_run = name == "base" or name.partition("/")[0] in TRAINING_STAGES
-        if not is_of_run and not (run.folder.path / name).exists() and not Path(name).exists():
+        # What lies in the run's own folder may still be to come.
+        is_own = Path(name).is_relative_to(run.folder.path)
+        if not (is_of_run or is_own or (run.folder.path / name).exists() or Path(name).exists()):
             raise ConfigError(
                 f"generate.checkpoints: {name!r} is neither a stage nor in {run.folder.path} nor a folder"
             )

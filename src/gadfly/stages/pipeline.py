@@ -1,5 +1,6 @@
 """Every stage in its order, each skipped when it is done or not configured."""
 
+import functools
 import logging
 from collections.abc import Callable
 from importlib import import_module
@@ -40,6 +41,9 @@ def stage(name: str) -> Callable[[Run], None]:
 
 def run_stages(run: Run) -> None:
     """Run every stage that the recipe configures and that is not done yet; resumable at any moment."""
+    for files in run.recipe.data.test.values():
+        # In each process: it may have other files.
+        run.processes.together("test sets", functools.partial(load_rows, files, needs_response=False))
     run.processes.once("a look ahead", lambda: _look_ahead(run.alone()), is_patient=True)
     for name in STAGES:
         if reason := _not_configured(run, name):
@@ -51,10 +55,9 @@ def run_stages(run: Run) -> None:
 
 def _look_ahead(run: Run) -> None:
     """Find before the training what would end the run after it."""
-    if run.folder.is_done("gad"):
+    last = "seqkd-equal-time" if run.recipe.seqkd.equal_time else "gad"
+    if run.folder.is_done(last):
         return
-    for files in run.recipe.data.test.values():
-        load_rows(files, needs_response=False)
     for name in ("generate", "judge"):
         import_module(f"gadfly.stages.{name}").check_recipe(run)
 
@@ -66,7 +69,7 @@ def _not_configured(run: Run, name: str) -> str:
         return "the recipe has no data.prompts and teacher.model"
     if name == "collect" and recipe.data.train is not None:
         return "the recipe has data.train"
-    if name in ("warmup", "audit-warmup") and recipe.gad.starts_elsewhere:
+    if name in ("warmup", "audit-warmup") and run.gad_begins_at is not None:
         return "gad.start_from names where gad begins"
     if name == "seqkd-equal-time" and not recipe.seqkd.equal_time:
         return "seqkd.equal_time is false"

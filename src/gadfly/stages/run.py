@@ -110,6 +110,14 @@ class Run:
             shown = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
             logger.warning("data.%s: %d rows used, left out: %s (bad_rows.jsonl)", name, num_kept, shown)
 
+    @property
+    def gad_begins_at(self) -> str | None:
+        """The checkpoint folder that gad begins, or began, from in the place of warmup's end."""
+        if self.recipe.gad.starts_elsewhere:
+            return str(self.recipe.gad.start_from)
+        noted: str | None = self.folder.read_json("gad/stage.json").get("began_at")
+        return noted if any(self.folder.stage("gad").glob("step-*")) else None
+
     def stage_settings(self, *sections: str) -> dict[str, Any]:
         """What decides a stage's result: the seed, the sections named, and the content of the data."""
         settings = stage_settings(self.recipe, ("student", "sampling", "evaluation", *sections))

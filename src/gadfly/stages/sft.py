@@ -41,7 +41,7 @@ def seqkd_equal_time(run: Run) -> None:
     """
     stage = "seqkd-equal-time"
     # What gad began from elsewhere took its time there.
-    needed = ("seqkd", "gad") if run.recipe.gad.starts_elsewhere else ("seqkd", "warmup", "gad")
+    needed = ("seqkd", "gad") if run.gad_begins_at is not None else ("seqkd", "warmup", "gad")
     if missing := [name for name in needed if not run.folder.is_done(name)]:
         raise CheckpointError(f"{stage}: needs the times of {', '.join(missing)}; run them first")
     last = latest_checkpoint(run.folder.stage("gad"), run.processes)
@@ -59,7 +59,10 @@ def seqkd_equal_time(run: Run) -> None:
         steps = done + round((seconds - taken) / _pace(run.folder.rows("metrics.jsonl"), taken))
         plan = {"seconds": seconds, "steps": max(1, steps)}
         run.folder.write_json(f"{stage}/plan.json", plan)
-    logger.info("%s: %d steps for the %.0f seconds of warmup and gad", stage, plan["steps"], plan["seconds"])
+    before = " and ".join(needed[1:])
+    logger.info("%s: %d steps for the %.0f seconds of %s", stage, plan["steps"], plan["seconds"], before)
+    if "warmup" not in needed:
+        logger.warning("%s: what gad began from took longer; that is not counted, in GAD's favour", stage)
     settings = run.recipe.seqkd
     training = settings.model_copy(
         update={
