@@ -26,6 +26,8 @@ from gadfly.config import Recipe
 from gadfly.errors import RunFolderError
 from gadfly.stage_settings import stage_settings
 from gadfly.stages.report import report
+from gadfly.stages.report.curves import stage_panels
+from gadfly.stages.report.reading import read_evidence
 
 
 def test_the_report_loads_neither_torch_nor_openai() -> None:
@@ -92,6 +94,18 @@ def test_a_stage_begun_with_other_settings_is_remarked_on(tmp_path: Path) -> Non
     run.folder.write_json("gad/stage.json", {"settings": settings, "done": True})
     assert run.remarks() == ["GAD ran with other settings than this page shows"]
     assert "gad.group_size = 4, now 8" in run.page()
+
+
+def test_the_line_of_chance_is_that_of_the_loss(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+
+    def drawn(loss: str) -> dict[str, str]:
+        recipe = Recipe.model_validate(run.recipe.model_dump(mode="json") | {"discriminator": {"loss": loss}})
+        groups = stage_panels(read_evidence(run.folder, recipe), "gad")
+        return {panel.metric.name: panel.svg for group in groups for panel in group.panels}
+
+    plain, other = drawn("bradley_terry"), drawn("cross_entropy")
+    assert [name for name in plain if plain[name] != other[name]] == ["discriminator/loss"]
 
 
 def test_rewards_of_the_users_own_are_known_by_their_code_wherever_it_lies(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from gadfly.stages.diagnostics import discriminator_metrics, student_scores
 from gadfly.stages.gad import gad
 from gadfly.stages.generate import generate
 from gadfly.stages.pipeline import run_stages
-from gadfly.stages.run import open_run
+from gadfly.stages.run import Run, open_run
 from gadfly.stages.sft import seqkd, seqkd_equal_time
 from gadfly.stages.warmup import warmup
 
@@ -88,32 +89,19 @@ def test_an_unfinished_response_over_the_cap_is_over_long_too(recipe_file: Path,
     assert len([reason for _, reason in bad if reason == "over-long-response"]) == 1
 
 
-def test_held_out_prompts_that_a_model_cannot_attend_to_are_refused(
-    recipe_file: Path, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize(("role", "stage"), [("student", seqkd), ("discriminator", warmup)])
+def test_held_out_prompts_that_a_model_cannot_attend_to_are_refused_by_its_role(
+    recipe_file: Path, tiny_model: Path, tmp_path: Path, role: str, stage: Callable[[Run], None]
 ) -> None:
     short = tmp_path / "short"
     shutil.copytree(tiny_model, short)
     config = json.loads((short / "config.json").read_text(encoding="utf-8"))
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 80}), encoding="utf-8")
     held_out = write_rows(tmp_path / "valid.jsonl", [{"prompt": "long " * 14, "response": "ok"}])
-    settings = [f"student.model={short}", f"data.valid={held_out}"]
-    refusal = r"a prompt of \d+ tokens and a response of 12 exceed the student's 80 positions"
+    settings = [f"{role}.model={short}", f"data.valid={held_out}"]
+    refusal = rf"a prompt of \d+ tokens and a response of 12 exceed the {role}'s 80 positions"
     with open_run(load_recipe(recipe_file, settings)) as run, pytest.raises(UserError, match=refusal):
-        seqkd(run)
-
-
-def test_a_discriminator_that_cannot_attend_to_a_prompt_is_named(
-    recipe_file: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    short = tmp_path / "short"
-    shutil.copytree(tiny_model, short)
-    config = json.loads((short / "config.json").read_text(encoding="utf-8"))
-    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 80}), encoding="utf-8")
-    held_out = write_rows(tmp_path / "valid.jsonl", [{"prompt": "long " * 14, "response": "ok"}])
-    settings = [f"discriminator.model={short}", f"data.valid={held_out}"]
-    refusal = r"a response of 12 exceed the discriminator's 80 positions"
-    with open_run(load_recipe(recipe_file, settings)) as run, pytest.raises(UserError, match=refusal):
-        warmup(run)
+        stage(run)
 
 
 def test_a_set_of_which_nothing_fits_is_an_error(recipe_file: Path) -> None:

@@ -104,7 +104,8 @@ class SeqkdConfig(Training):
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
     """Passes over the training prompts: as many as warmup and gad make together in the paper."""
     equal_time: bool = False
-    """Also train `seqkd-equal-time`, a baseline with as many seconds as warmup and gad took together."""
+    """Also train `seqkd-equal-time`, a baseline with as many seconds as warmup and gad took together
+    (gad alone, if it starts from a path: what came before is not counted then, in its favour)."""
     equal_time_learning_rate: PositiveRate | None = None
     """Its learning rate, best chosen on validation data. Default: `learning_rate`."""
 

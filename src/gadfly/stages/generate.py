@@ -37,6 +37,9 @@ def check_recipe(run: Run) -> None:
         ConfigError: two test sets would be written to one file, or a checkpoint can only be misspelt.
     """
     recipe = run.recipe
+    if not recipe.data.test:
+        # Nothing is generated then.
+        return
     files = [generations_file(name, t) for name in recipe.data.test for t in recipe.generate.temperatures]
     if twice := sorted({file for file in files if files.count(file) > 1}):
         raise ConfigError(f"data.test: two sets would be written to generations/{twice[0]}.jsonl; rename one")
