@@ -336,7 +336,7 @@ def test_settings_may_stand_behind_options(tmp_path: Path) -> None:
         "few-records",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("records", "memory", "many-records", "instability", "stories")
+            for name in ("records", "fresh-records", "memory", "many-records", "instability", "stories")
         ),
         pytest.param("alpaca", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
