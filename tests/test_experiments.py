@@ -1,10 +1,7 @@
-"""The proving ground: verdicts by hand-worked numbers, and every experiment at its smallest."""
+"""The proving ground: verdicts by hand-worked numbers, and what is kept of results."""
 
 import json
 import re
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -197,23 +194,6 @@ def test_samples_are_ranked_by_their_own_scores(recipe_file: Path) -> None:
     assert (above.value, below.value) == (1.0, 0.0)
 
 
-def test_an_arm_that_an_experiment_does_not_have_is_refused(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "experiments",
-        "records",
-        "--arms",
-        "dpo,none",
-        "--folder",
-        str(tmp_path),
-    ]
-    ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("--arms: records has no none; it has ")
-    assert not list(tmp_path.iterdir())
-
-
 def test_results_of_other_seeds_and_arms_are_kept_beside_new_ones() -> None:
     origins = {"gad": "1", "dpo": "2", "oracle": "3"}
     facts = {"experiment": "x", "command": "c", "packages": {}, "origins": origins}
@@ -250,105 +230,6 @@ def test_results_of_another_recipe_or_arm_of_that_name_are_not_kept() -> None:
     assert now.with_earlier(made_by("1", "2")).figures["dpo"] == {"f": {1: 0.5}}
     assert now.with_earlier(made_by("1", "9")).figures == {"gad": {"f": {1: 0.1, 2: 0.3}}}
     assert now.with_earlier(made_by("9", "2")) == now
-
-
-def experiment(*arguments: object, timeout: float = 280) -> str:
-    command = [sys.executable, "-m", "experiments", *map(str, arguments)]
-    ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=timeout)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    return ended.stdout
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The smallest mixture: its folder, to be copied, and what was printed."""
-    folder = tmp_path_factory.mktemp("mixture")
-    return folder, experiment("mixture", "--quick", "--folder", folder)
-
-
-@pytest.fixture
-def mixture(ran: tuple[Path, str], tmp_path: Path) -> Path:
-    """A copy of the smallest mixture."""
-    return Path(shutil.copytree(ran[0], tmp_path / "copy", symlinks=True))
-
-
-def test_the_mixture_runs_and_what_is_done_is_not_done_again(ran: tuple[Path, str], mixture: Path) -> None:
-    _, first = ran
-    assert all(f"| {title} |" in first for title in load_experiment("mixture").titles.values())
-    metrics = mixture / "mixture-quick" / "seed-2" / "metrics.jsonl"
-    before = metrics.read_bytes()
-    assert experiment("mixture", "--quick", "--folder", mixture) == first
-    assert metrics.read_bytes() == before
-
-
-def test_seeds_that_settings_were_chosen_on_are_in_no_table(mixture: Path) -> None:
-    shutil.copytree(mixture / "mixture-quick" / "seed-2", mixture / "mixture-quick" / "seed-0")
-    both = experiment("mixture", "--quick", "--pages", "--first", 0, "--seeds", 3, "--folder", mixture)
-    assert ", seeds 0, 2;" in both
-    assert ", seeds 2;" in experiment("mixture", "--quick", "--pages", "--folder", mixture)
-
-
-@pytest.mark.parametrize("is_killed", [False, True])
-def test_what_was_begun_with_other_settings_is_refused_and_in_no_table(
-    is_killed: bool, mixture: Path
-) -> None:
-    if is_killed:
-        (mixture / "mixture-quick" / "seed-2" / "measured.json").unlink()
-    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(mixture)]
-    other = [*command, "gad.max_steps=3"]
-    ended = subprocess.run(other, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2
-    refusal = f"{mixture / 'mixture-quick' / 'seed-2'}: begun with another recipe, arm or settings; delete"
-    assert ended.stderr.splitlines()[-1].startswith(refusal)
-    assert "no seed has been run" in experiment(*command[3:], "--pages", "gad.max_steps=3")
-
-
-def test_a_folder_that_nobody_knows_the_origin_of_is_refused(mixture: Path) -> None:
-    seed = mixture / "mixture-quick" / "seed-2"
-    (seed / "origin.json").unlink()
-    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(mixture)]
-    ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith(f"{seed}: begun with another recipe, arm or settings")
-
-
-def test_an_arm_begun_with_other_settings_is_refused(mixture: Path) -> None:
-    arm = mixture / "mixture-quick" / "seed-2" / "arms" / "gad-frozen-discriminator"
-    (arm / "measured.json").unlink()
-    (arm / "origin.json").write_text('{"origin": "that of other settings"}', encoding="utf-8")
-    command = [sys.executable, "-m", "experiments", "mixture", "--quick", "--folder", str(mixture)]
-    ended = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith(f"{arm}: begun with another recipe, arm or settings")
-
-
-def test_settings_may_stand_behind_options(tmp_path: Path) -> None:
-    printed = experiment(
-        "mixture", "--pages", "--first", 0, "--seeds", 1, "--folder", tmp_path, "gad.max_steps=9"
-    )
-    assert "gad.max_steps=9" in printed
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ten-classes",
-        "few-records",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("records", "fresh-records", "memory", "many-records", "instability", "stories")
-        ),
-        pytest.param("alpaca", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
-    ],
-)
-def test_every_other_experiment_runs_at_its_smallest(name: str, tmp_path: Path) -> None:
-    settings = load_experiment(name).ground_settings
-    for folder in (str(settings[key]) for key in ("models", "model", "data") if key in settings):
-        if not (FOLDER.parent / folder).is_dir():
-            pytest.skip(f"nothing at {folder}")
-    printed = experiment(name, "--quick", "--folder", tmp_path, timeout=3500 if name == "alpaca" else 280)
-    for title in load_experiment(name).titles.values():
-        assert f"| {title} |" in printed
 
 
 def test_what_is_kept_of_results_is_what_the_readmes_say() -> None:

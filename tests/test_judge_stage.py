@@ -300,7 +300,7 @@ def test_what_is_missing_is_named(generated: Folder) -> None:
     with pytest.raises(UserError, match=r"judge\.pairs: 'sft' has no answers to 'quiz'"):
         run_judge(recipe, None, "judge.method=pairwise", 'judge.pairs=[["gad", "sft"]]')
     recipe.write_text(recipe.read_text().replace('model = "judge-1"', ""))
-    with pytest.raises(ConfigError, match=r'judge.model: must be given for judge.method = "score"'):
+    with pytest.raises(ConfigError, match=r'judge.model: must be given to judge by "score"'):
         run_judge(recipe, None, "judge.method=score")
 
 

@@ -238,7 +238,19 @@ def test_checkpoints_written_in_the_background_are_the_same(recipe_file: Path, t
     ("settings", "message"),
     [
         (["generate.checkpoints=['seqdk']"], r"^generate.checkpoints: 'seqdk' is neither a stage nor in "),
-        (["checkpoints.best_by=score"], "^judge.model: must be given"),
+        (
+            ["generate.checkpoints=['gad/stp-4']"],
+            r"^generate.checkpoints: 'gad/stp-4': of a stage there are ",
+        ),
+        (
+            ["generate.checkpoints=['gad', 'seqkd-equal-time']"],
+            r"^generate.checkpoints: 'seqkd-equal-time' will not be there, as seqkd.equal_time is false; ",
+        ),
+        (
+            ["generate.checkpoints=['discriminator-lm/latest']"],
+            r"^generate.checkpoints: 'discriminator-lm/latest' will not be there, as discriminator.lm_steps ",
+        ),
+        (["checkpoints.best_by=score"], r'^judge.model: must be given to judge by "score" \(judge.method, '),
         (["judge.method=['tell', 'pairwise']"], "^judge.model: must be given"),
         (
             ["judge.method=score", "judge.model=m"],

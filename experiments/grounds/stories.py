@@ -7,7 +7,7 @@ teacher's own likelihood of it, which no arm sees. The student (`stories260k`) h
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
         for name in _NAMES
     ]
     random.Random(seed).shuffle(openings)
-    texts = iter(_generate_stories(models / "babyllama105", openings, seed))
+    texts = _generate_stories(models / "babyllama105", openings, seed)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name, count in counts.items():
         rows = [next(texts) for _ in range(count)]
@@ -79,11 +79,10 @@ def _models(settings: Mapping[str, Any]) -> Path:
     return models
 
 
-def _generate_stories(model: Path, openings: Sequence[str], seed: int) -> list[tuple[str, str]]:
+def _generate_stories(model: Path, openings: Sequence[str], seed: int) -> Iterator[tuple[str, str]]:
     """Openings with the teacher's two sentences; those that it does not end are left out."""
     teacher, tokenizer = _open(model)
     torch.manual_seed(seed)
-    stories = []
     for start in range(0, len(openings), _ROWS_AT_ONCE):
         some = openings[start : start + _ROWS_AT_ONCE]
         tokenizer.padding_side = "left"
@@ -99,8 +98,7 @@ def _generate_stories(model: Path, openings: Sequence[str], seed: int) -> list[t
         written = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for opening, text in zip(some, written, strict=True):
             if found := _TWO_SENTENCES.match(text.strip()):
-                stories.append((opening, found[0]))
-    return stories
+                yield opening, found[0]
 
 
 @torch.no_grad()

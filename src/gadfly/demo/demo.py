@@ -82,13 +82,12 @@ def _table(folder: RunFolder) -> str:
     )
     lines = ["".join([f"{'model':<20}", *(f"{title:<26}" for title, _, _ in columns), "n"])]
     for model, sets in evaluation.items():
-        if _VALID not in sets["test"]:
-            # The teacher wrote the test set's answers; the oracle is asked about models.
-            continue
         # The recipe may be told of other temperatures than the table's.
-        cells = [_cell(sets[name][figure]) if name in sets else "-" for _, name, figure in columns]
-        count = sets["test"][_VALID]["n"]
-        lines.append("".join([f"{model:<20}", *(f"{cell:<26}" for cell in cells), str(count)]))
+        shown = [sets.get(name, {}).get(figure) for _, name, figure in columns]
+        if counts := [figure["n"] for figure in shown if figure]:
+            # Not the teacher, who wrote the test set's answers: the oracle is asked about models.
+            cells = [_cell(figure) if figure else "-" for figure in shown]
+            lines.append("".join([f"{model:<20}", *(f"{cell:<26}" for cell in cells), str(counts[0])]))
     lines.append("In brackets: 95 % intervals over the records of one seed.")
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Responses of checkpoints to the test prompts, and what can be said of them without a judge."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from gadfly.statistics import Figure, mean, share
 from gadfly.text_metrics import repetition, rouge_l
 
 logger = logging.getLogger(__name__)
+
+# What a stage's folder has checkpoints as.
+_STEP = re.compile(r"step-\d{6}|latest|best")
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,19 @@ def check_recipe(run: Run) -> None:
     if twice := sorted({file for file in files if files.count(file) > 1}):
         raise ConfigError(f"data.test: two sets would be written to generations/{twice[0]}.jsonl; rename one")
     for name in recipe.generate.checkpoints:
-        is_of_run = name == "base" or name.partition("/")[0] in TRAINING_STAGES
         # What lies in the run's own folder may still be to come.
         is_own = Path(name).is_relative_to(run.folder.path)
-        if not (is_of_run or is_own or (run.folder.path / name).exists() or Path(name).exists()):
+        if name == "base" or is_own or (run.folder.path / name).exists() or Path(name).exists():
+            continue
+        stage, _, step = name.partition("/")
+        if stage not in TRAINING_STAGES:
             raise ConfigError(
                 f"generate.checkpoints: {name!r} is neither a stage nor in {run.folder.path} nor a folder"
+            )
+        if step and not _STEP.fullmatch(step):
+            raise ConfigError(
+                f"generate.checkpoints: {name!r}: of a stage there are {stage}/latest, {stage}/best and "
+                f"such as {stage}/step-000100"
             )
 
 

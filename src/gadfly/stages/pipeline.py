@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from gadfly.data.dataset import load_rows
+from gadfly.errors import ConfigError
 from gadfly.stages.run import Run
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,10 @@ def _look_ahead(run: Run) -> None:
         return
     for name in ("generate", "judge"):
         import_module(f"gadfly.stages.{name}").check_recipe(run)
+    for name in run.recipe.generate.checkpoints if run.recipe.data.test else ():
+        is_there = (run.folder.path / name).exists()
+        if not is_there and (reason := _not_configured(run, name.partition("/")[0])):
+            raise ConfigError(f"generate.checkpoints: {name!r} will not be there, as {reason}; leave it out")
 
 
 def _not_configured(run: Run, name: str) -> str:
@@ -69,8 +74,10 @@ def _not_configured(run: Run, name: str) -> str:
         return "the recipe has no data.prompts and teacher.model"
     if name == "collect" and recipe.data.train is not None:
         return "the recipe has data.train"
-    if name in ("warmup", "audit-warmup") and run.gad_begins_at is not None:
+    if name in ("discriminator-lm", "warmup", "audit-warmup") and run.gad_begins_at is not None:
         return "gad.start_from names where gad begins"
+    if name == "discriminator-lm" and recipe.discriminator.lm_steps == 0:
+        return "discriminator.lm_steps is 0"
     if name == "seqkd-equal-time" and not recipe.seqkd.equal_time:
         return "seqkd.equal_time is false"
     if name == "best" and recipe.checkpoints.best_by == "rouge_l":

@@ -34,7 +34,10 @@ class Bench:
         """
         config = run.recipe.judge
         if config.model is None:
-            raise ConfigError(f'judge.model: must be given for judge.method = "{method}" ("tell" needs none)')
+            raise ConfigError(
+                f'judge.model: must be given to judge by "{method}" (judge.method, checkpoints.best_by); '
+                f'"tell" needs none'
+            )
         self.config: JudgeConfig = config
         self.model = config.model
         self.answers = PaidAnswers(run.folder, ANSWERS_FILE)
