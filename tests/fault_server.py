@@ -38,6 +38,7 @@ class Fault:
     kind: Literal[
         "rate_limit",  # 429; Retry-After only with `seconds`, x-ratelimit-* only with `reset`
         "insufficient_quota",
+        "low_balance",  # 400, as some providers say that they want money
         "server_error",  # `status`
         "bad_request",
         "context_length",
@@ -74,6 +75,12 @@ Answer = Callable[[Body], str | Body]
 _ERRORS: dict[str, tuple[int, str, str | None, str]] = {  # status, type, code, message
     "rate_limit": (429, "requests", "rate_limit_exceeded", "Rate limit reached. Please try again later."),
     "insufficient_quota": (429, "insufficient_quota", "insufficient_quota", "You exceeded your quota."),
+    "low_balance": (
+        400,
+        "invalid_request_error",
+        None,
+        "Your credit balance is too low to access the API. Please go to Plans & Billing.",
+    ),
     "server_error": (500, "server_error", None, "The server had an error while processing your request."),
     "bad_request": (400, "invalid_request_error", None, "Invalid value: 'temperature' must be at most 2."),
     "context_length": (

@@ -21,6 +21,7 @@ from fault_server import Fault, FaultServer, Ledger, ServerProcess, fault_proces
 from gadfly.config import Recipe
 from gadfly.data.collected import collected
 from gadfly.data.dataset import load_rows
+from gadfly.errors import DataError
 from gadfly.recipe_file import load_recipe
 from gadfly.run_folder import RunFolder
 from gadfly.stages.collect import collect
@@ -179,6 +180,15 @@ def test_an_answer_outlives_the_id_its_prompt_had(desk: Desk) -> None:
     assert (row.id, len(row.responses)) == ("new", 2)
 
 
+def test_answers_that_are_all_to_other_settings_are_told_as_such(desk: Desk) -> None:
+    with FaultServer() as server:
+        desk.write(server.base_url, 6)
+        assert desk.collect().code == 0
+        desk.write(server.base_url, 6, "temperature = 0.7")
+        with pytest.raises(DataError, match="none of its 6 answers is to a question of this recipe"):
+            dataset_of(desk)
+
+
 def test_other_settings_are_other_answers_and_the_old_ones_are_there_when_they_return(desk: Desk) -> None:
     with FaultServer(answer=lambda body: f"at {body['temperature']}") as server:
         for temperature in ("0.5", "1.0", "0.5"):
@@ -284,6 +294,7 @@ def test_one_question_that_fails_first_does_not_stop_the_others(desk: Desk) -> N
         (Fault("expired_key"), "", "the key in TEACHER_KEY is wrong or expired: 401: Incorrect API key"),
         (Fault("unknown_model"), "", "no model 'm' there"),
         (Fault("insufficient_quota"), "", "no credit left: 429: You exceeded your quota."),
+        (Fault("low_balance"), "", "no credit left: 400: Your credit balance is too low"),
         (Fault("html"), "max_attempts = 2", "the server sent a web page instead of an answer; is base_url"),
         (Fault("bad_request"), "", "rejected: 400: Invalid value: 'temperature' must be at most 2."),
         (Fault("rate_limit", seconds=500), "", "asks to wait 500 s, more than give_up_seconds = 300"),
@@ -373,6 +384,22 @@ def test_a_question_turned_down_is_kept_and_not_asked_again(desk: Desk, number: 
     assert "maximum context length is 8192" in row["detail"]
     assert desk.summary["marked"] == {"rejected": 1}
     assert len(dataset_of(desk).rows) == 11
+
+
+def test_where_everything_is_turned_down_from_some_answer_on_nothing_of_it_is_kept(desk: Desk) -> None:
+    faults = lambda number, body: Fault("bad_request") if number >= 5 else None  # noqa: E731
+    with FaultServer(faults=faults) as server:
+        desk.write(server.base_url, 100, "concurrency = 4")
+        said = desk.collect()
+        assert server.ledger.seen.total() < 50
+    assert said.code == 3
+    assert "since its last answer it turns down everything, rejected: 400: Invalid value" in said.error
+    assert len(desk.rows) == 5
+    with FaultServer() as server:
+        desk.write(server.base_url, 100, "concurrency = 4")
+        assert desk.collect().code == 0
+    assert {row["mark"] for row in desk.rows} == {None}
+    assert len(desk.by_id) == 100
 
 
 def test_questions_turned_down_before_any_answer_are_asked_again_once_others_are_answered(desk: Desk) -> None:

@@ -652,3 +652,10 @@ def test_samples_of_one_prompt_become_its_responses(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (row,) = load_rows(str(path), needs_response=True).rows
     assert [response.text for response in row.responses] == ["I 0.", "I 1.", "I 2."]
+
+
+def test_a_file_that_is_one_json_array_is_refused_with_what_converts_it(tmp_path):
+    for text in ('[{"prompt": "a", "response": "b"}]', '[\n {"prompt": "a", "response": "b"}\n]'):
+        (tmp_path / "rows.json").write_text(text)
+        with pytest.raises(DataError, match=r"rows\.json: a JSON array, .* jq -c '\.\[\]' "):
+            load_rows(str(tmp_path / "rows.json"), needs_response=True)

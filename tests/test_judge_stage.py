@@ -428,3 +428,15 @@ def test_half_a_character_from_the_judge_harms_nothing(generated: Folder) -> Non
         summary = run_judge(recipe, server, "judge.method=score", 'judge.models=["gad"]')
     assert summary["evaluation"]["gad"]["quiz"]["judge_score"]["value"] == pytest.approx(60)
     (recipe.parent / "runs/a/verdicts/answers.jsonl").read_text(encoding="utf-8")
+
+
+def test_the_teacher_of_the_recipe_may_be_of_the_judges_family(
+    generated: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = generated({"gad": lambda n: f"good {n}"}, teacher="")
+    with FaultServer(answer=score_judge) as server:
+        summary = run_judge(
+            recipe, server, "judge.method=score", "judge.model=gpt-4o", "teacher.model=gpt-4.1-mini"
+        )
+    assert summary["judge"]["quiz"]["shares_family"] == {"teacher (gpt-4.1-mini)": "openai"}
+    assert "gpt-4o and the teacher (gpt-4.1-mini) are both of the openai family" in caplog.text

@@ -281,11 +281,18 @@ def test_host_memory_is_told_where_checkpoints_are_written_in_the_background(tmp
     assert line in plan(recipe, 8, "800GB").splitlines()
 
 
+def test_vllm_in_several_processes_is_not_planned(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, BY_HAND), ["sampling.backend=vllm"])
+    with pytest.raises(UserError, match="one in each of 8 processes is not supported"):
+        plan(recipe, 8, "24GB")
+
+
 @pytest.mark.slow
-def test_what_suffices_is_named_and_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("now", [1, 16])
+def test_what_suffices_is_named_and_does(now: int, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, SEVEN_B), ["engine.precision=bfloat16"])
     with pytest.raises(UserError, match="what suffices: ") as refusal:
-        plan(recipe, 16, "80GB")
+        plan(recipe, now, "80GB")
     assert "\n" not in str(refusal.value)
     advice = str(refusal.value).partition("what suffices: ")[2].split(", or ")
     assert advice
@@ -293,7 +300,7 @@ def test_what_suffices_is_named_and_does(tmp_path: Path) -> None:
         settings, _, gpus = change.partition("--gpus ")
         overrides = [word for word in settings.split() if "=" in word]
         again = load_recipe(tmp_path / "recipe.toml", ["engine.precision=bfloat16", *overrides])
-        assert "fits" in plan(again, int(gpus or 16), "80GB")
+        assert "fits" in plan(again, int(gpus or now), "80GB")
 
 
 def test_activations_of_another_architecture_are_said_to_be_estimated(tmp_path: Path) -> None:

@@ -119,13 +119,12 @@ def test_an_unknown_key_is_told_where_it_belongs(
             "use letters, digits, '.', '_' and '-', beginning with a letter or a digit",
         ),
         (
-            '[data]\ntest = { valid = "a.jsonl" }',
-            "data.test = {'valid': 'a.jsonl'}: "
-            "files named 'valid' hold the held-out prompts; rename the test set",
+            '[data]\ntest = { valid = "a" }',
+            "data.test = {'valid': 'a'}: files named 'valid' hold the held-out prompts; rename the test set",
         ),
         (
-            '[data]\ntest = { answers = "a.jsonl" }',
-            "data.test = {'answers': 'a.jsonl'}: "
+            '[data]\ntest = { answers = "a" }',
+            "data.test = {'answers': 'a'}: "
             "files named 'answers' hold what a judge was paid for; rename the test set",
         ),
         (
@@ -218,7 +217,7 @@ def test_values_on_the_command_line_are_toml_or_bare_words(write: Callable[[str]
     assert recipe.checkpoints.keep_best is False
     assert (recipe.student.model, recipe.discriminator.model) == ("other/model", "third/model")
     assert recipe.discriminator.adam_betas == (0.9, 0.95)
-    assert recipe.data.test == {"a": "a=b.jsonl", "b": "b.jsonl"}
+    assert recipe.data.test == {"a": str(Path("a=b.jsonl").absolute()), "b": str(Path("b.jsonl").absolute())}
     assert (recipe.seed, recipe.gad.start_from) == (5, 400)
 
 
@@ -439,3 +438,23 @@ def test_every_recipe_of_ours_is_valid(path: Path, tmp_path: Path) -> None:
     copy = tmp_path / path.name
     shutil.copy(path, copy)
     assert load_recipe(copy).name
+
+
+def test_a_data_file_that_is_missing_is_not_taken_from_the_current_folder(
+    write: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "corpus").mkdir(parents=True)
+    (tmp_path / "corpus").mkdir()
+    for name in ("train.jsonl", "prompt.txt"):
+        (elsewhere / name).touch()
+    monkeypatch.chdir(elsewhere)
+    recipe = load_recipe(
+        write(
+            'name = "a"\n[data]\ntrain = "train.jsonl"\nvalid = "corpus:held-out"\n[student]\nmodel = "m"\n'
+            '[judge]\nscore_prompt = "prompt.txt"\n'
+        )
+    )
+    assert recipe.data.train == str(tmp_path / "train.jsonl")
+    assert recipe.data.valid == str(tmp_path / "corpus:held-out")
+    assert recipe.judge.score_prompt == str(tmp_path / "prompt.txt")

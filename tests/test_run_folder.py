@@ -163,7 +163,16 @@ def test_a_place_that_cannot_be_written_is_a_users_error(run: RunFolder) -> None
             attempt()
 
 
-@pytest.mark.parametrize("half", [b'{"n": 2', '{"text": "ü'.encode()[:-1], b"{", b'{"n": 2}'])
+def test_a_last_row_without_a_line_break_is_a_row(run: RunFolder) -> None:
+    run.path.mkdir()
+    (run.path / "rows.jsonl").write_bytes(b'{"n": 1}\n{"n": 2}')
+    assert run.rows("rows.jsonl") == [{"n": 1}, {"n": 2}]
+    run.append_rows("rows.jsonl", [])
+    run.append_rows("rows.jsonl", [{"n": 3}])
+    assert (run.path / "rows.jsonl").read_bytes() == b'{"n": 1}\n{"n": 2}\n{"n": 3}\n'
+
+
+@pytest.mark.parametrize("half", [b'{"n": 2', '{"text": "ü'.encode()[:-1], b"{"])
 def test_a_row_cut_by_a_kill_is_neither_read_nor_glued_to_the_next(run: RunFolder, half: bytes) -> None:
     run.append_rows("rows.jsonl", [{"text": "é"}])
     with open(run.path / "rows.jsonl", "ab") as file:

@@ -4,11 +4,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import SHARED
 
+from gadfly.checkpoint import latest_checkpoint
 from gadfly.discriminator import new_discriminator, read_scores
 from gadfly.engine import Engine
 from gadfly.errors import CheckpointError, ConfigError, DataError, RunFolderError, UserError
@@ -19,6 +21,7 @@ from gadfly.records import Message
 from gadfly.stages.diagnostics import discriminator_metrics, student_scores
 from gadfly.stages.gad import gad
 from gadfly.stages.generate import generate
+from gadfly.stages.named_models import named_models
 from gadfly.stages.pipeline import run_stages
 from gadfly.stages.run import Run, open_run
 from gadfly.stages.sft import seqkd, seqkd_equal_time
@@ -339,6 +342,38 @@ def test_what_is_generated_already_is_not_generated_again(recipe_file: Path) -> 
         rows = run.folder.rows("generations/same.jsonl")
     assert len(rows) == 40
     assert file.stat().st_mtime_ns != before
+
+
+def test_figures_of_other_settings_leave_the_table_until_they_are_made_anew(
+    recipe_file: Path, tiny_model: Path
+) -> None:
+    other = "/".join(tiny_model.parts[-3:])
+
+    def evaluated(*settings: str) -> dict[str, Any]:
+        with open_run(load_recipe(recipe_file, settings)) as run:
+            generate(run)
+            evaluation = run.folder.read_json("summary.json")["evaluation"]
+            return {arm: sets["same"] for arm, sets in evaluation.items() if sets}
+
+    both, alone = f'generate.checkpoints=["base", "{tiny_model}"]', 'generate.checkpoints=["base"]'
+    first = evaluated(both)
+    assert evaluated(alone) == first
+    assert set(evaluated(alone, "generate.max_response_tokens=3")) == {"base", "teacher"}
+    assert set(evaluated(both, "generate.max_response_tokens=3")) == {"base", "teacher", other}
+    assert evaluated(both) == first
+
+
+def test_the_same_step_of_two_runs_has_two_names(recipe_file: Path, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        with open_run(load_recipe(recipe_file, [f"run_folder={tmp_path / name}"])) as run:
+            warmup(run)
+            checkpoint = latest_checkpoint(run.folder.stage("warmup"))
+            assert checkpoint is not None
+            step = checkpoint.path.name
+    places = [str(tmp_path / name / "warmup" / step) for name in ("one", "other")]
+    settings = [f"run_folder={tmp_path / 'one'}", f"generate.checkpoints={json.dumps(places)}"]
+    with open_run(load_recipe(recipe_file, settings)) as run:
+        assert [model.name for model in named_models(run)] == [f"warmup/{step}", f"other/warmup/{step}"]
 
 
 def test_a_slip_in_a_setting_that_stopped_the_stage_at_once_can_be_put_right(recipe_file: Path) -> None:

@@ -19,9 +19,9 @@ from gadfly.analysis.tell_model import open_embedder
 from gadfly.errors import ConfigError
 from gadfly.models import load_language_model
 from gadfly.records import Message, generations_file
-from gadfly.stages.generate import named_models
 from gadfly.stages.judge.answer_sheets import TEACHER, answer_sheets
 from gadfly.stages.judge.tell_figures import pairs_with_teacher
+from gadfly.stages.named_models import named_models
 from gadfly.stages.run import Run
 from gadfly.statistics import mean
 

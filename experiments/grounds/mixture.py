@@ -20,7 +20,7 @@ from experiments.grounds.mixture_models import (
     TableModel,
 )
 from gadfly.demo.models import save_model, tokenizer_of
-from gadfly.stages.generate import named_models
+from gadfly.stages.named_models import named_models
 from gadfly.stages.run import Run
 from gadfly.statistics import mean
 

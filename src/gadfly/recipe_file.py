@@ -38,6 +38,9 @@ _PATHS = (
     "judge.tell_model",
 )
 
+# What ends so is a file and no name on a hub.
+_FILES = (".jsonl", ".json", ".parquet", ".txt")
+
 # Those of them that name models.
 _MODELS = ("student.model", "discriminator.model", "generate.checkpoints", "judge.tell_model")
 
@@ -46,8 +49,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read `path` and apply `key=value` overrides (values are TOML; a bare word is a string).
 
     A relative path in the file is resolved against the file's folder, one on the command line against
-    the current folder. Model and data names that are no existing path are taken as hub names, where they
-    can be one, and left alone.
+    the current folder. Model and data names that are no existing path, nor end as a file of data does, are
+    taken as hub names, where they can be one, and left alone.
 
     Raises:
         ConfigError: with one line for every mistake in file and overrides.
@@ -155,6 +158,12 @@ def _means_path(dotted: str, value: str, resolved: str) -> bool:
         return value != "latest"
     if dotted == "generate.checkpoints" and value.split("/")[0] in ("base", *TRAINING_STAGES):
         return False
+    if value.lower().endswith(_FILES) and dotted not in _MODELS:
+        # There or not: one of that name in the current folder is another file.
+        return True
+    if dotted.startswith("data.") and os.path.exists(resolved.rpartition(":")[0]):
+        # A folder with a split.
+        return True
     # Otherwise it can only be a hub name, if it can be one.
     return os.path.exists(resolved) or (dotted in _MODELS and not may_be_hub_name(value))
 

@@ -107,18 +107,20 @@ class RunFolder:
         self.write_json("summary.json", summary)
 
     def rows(self, name: str) -> list[Record]:
-        """All rows of a JSONL file; a last line cut by a kill is left out.
+        """All rows of a JSONL file; a last line that a kill has cut is left out.
 
         Raises:
             RunFolderError: naming a line that is no JSON, or no row of that file.
         """
         path = self.path / name
         try:
-            lines = path.read_bytes().split(b"\n")[:-1]
+            *lines, last = path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return []
         except OSError as failure:
             raise RunFolderError(f"{path}: cannot be read: {failure.strerror}") from None
+        if _is_whole(last):
+            lines.append(last)
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -272,14 +274,27 @@ def _lines(rows: list[Record]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def _is_whole(last: bytes) -> bool:
+    """Whether what follows a file's last line break is a row: editors and kills may leave out the next."""
+    try:
+        return bool(parse_object(last))
+    except ValueError:
+        return False
+
+
 def _drop_half_row(file: BinaryIO) -> None:
-    """Cut a JSONL file back to its last whole line."""
+    """Cut a JSONL file back to its last whole row, and end that with a line break."""
     if file.seek(0, os.SEEK_END) == 0:
         return
     file.seek(-1, os.SEEK_END)
     if file.read(1) != b"\n":
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if _is_whole(content[end:]):
+            file.write(b"\n")
+        else:
+            file.truncate(end)
 
 
 def hash_file(path: Path) -> str:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import Any, TypeVar
 
 from gadfly.api.chat_answer import ChatAnswer, RequestFailed
@@ -29,6 +30,8 @@ T = TypeVar("T")
 _FIRST_FAILURES = 3
 # Later, as many as are answered may fail, and always a few.
 _FEW_FAILURES = 20
+# While one answer is waited for, each worker may meet some questions that are turned down at once.
+_TURNED_DOWN_PER_WORKER = 2
 _PROGRESS_SECONDS = 1.0
 
 
@@ -155,8 +158,9 @@ class _Asking:
         self._api, self._answers = api, answers
         self._has_good_answer = has_good_answer
         self._outcome = Outcome()
-        # Turned down, but nothing has shown yet that others are not.
-        self._turned_down: list[tuple[Question, RequestFailed]] = []
+        # Turned down at that moment, but nothing has shown yet that others are not.
+        self._turned_down: list[tuple[int, Question, RequestFailed]] = []
+        self._moments = count()
 
     async def ask(self, todo: Sequence[Question], label: str, num_questions: int) -> Outcome:
         waiting = iter(todo)
@@ -169,7 +173,9 @@ class _Asking:
             finally:
                 shown.cancel()
                 await self._api.close()
-        for _, failure in self._turned_down:
+            if self._has_good_answer and self._outcome.stopped_by is None:
+                self._keep_turned_down(next(self._moments))
+        for _, _, failure in self._turned_down:
             self._note_failure(failure)
         progress.log(is_last=True)
         return self._outcome
@@ -180,36 +186,43 @@ class _Asking:
             if self._api.is_stopped:
                 return
             try:
-                answer = await self._api.answer(question.request)
-                self._answers.keep(row_of(question, answer, self._api.section))
-                self._outcome.answered += 1
-                self._has_good_answer = True
-                self._keep_turned_down()
-            except BudgetSpent:
-                # Another question may be shorter, and fit.
-                self._outcome.is_budget_spent = True
+                await self._ask_one(question)
             except NotAsked:
                 return
-            except RequestFailed as failure:
-                self._note(question, failure)
             except GadflyError as failure:
                 self._stop(failure)
+
+    async def _ask_one(self, question: Question) -> None:
+        began = next(self._moments)
+        try:
+            answer = await self._api.answer(question.request)
+        except BudgetSpent:
+            # Another question may be shorter, and fit.
+            self._outcome.is_budget_spent = True
+        except RequestFailed as failure:
+            self._note(question, failure)
+        else:
+            self._answers.keep(row_of(question, answer, self._api.section))
+            self._outcome.answered += 1
+            self._has_good_answer = True
+            self._keep_turned_down(began)
 
     def _note(self, question: Question, failure: RequestFailed) -> None:
         if failure.kind != "rejected":
             self._note_failure(failure)
             return
-        self._turned_down.append((question, failure))
-        if self._has_good_answer:
-            self._keep_turned_down()
-        elif len(self._turned_down) >= _FIRST_FAILURES:
-            self._stop(self._api.fatal(str(failure)))
+        self._turned_down.append((next(self._moments), question, failure))
+        bearable = _FEW_FAILURES + _TURNED_DOWN_PER_WORKER * self._api.config.concurrency
+        if len(self._turned_down) >= (bearable if self._has_good_answer else _FIRST_FAILURES):
+            since = "since its last answer it turns down everything, " if self._has_good_answer else ""
+            self._stop(self._api.fatal(f"{since}{failure}"))
 
-    def _keep_turned_down(self) -> None:
-        """Others are answered: what was turned down was so for what it says."""
-        while self._turned_down:
-            question, failure = self._turned_down.pop()
+    def _keep_turned_down(self, before: int) -> None:
+        """Others asked later are answered: what was turned down by then was so for what it says."""
+        while self._turned_down and self._turned_down[0][0] < before:
+            _, question, failure = self._turned_down[0]
             self._answers.keep(rejected_row(question, failure.detail))
+            del self._turned_down[0]
             self._outcome.rejected += 1
 
     def _note_failure(self, failure: RequestFailed) -> None:

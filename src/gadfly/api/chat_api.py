@@ -36,6 +36,7 @@ _MAY_BE_PAID = frozenset({"timeout", "cut-off", "no-json", "not-a-completion", "
 # Words of refusals that are for one question, or for all, whatever their status says.
 _FLAGGED = re.compile("flagged|moderation|content.policy", re.IGNORECASE)
 _ABOUT_KEY = re.compile("api.?key", re.IGNORECASE)
+_ABOUT_CREDIT = re.compile("credit balance|insufficient.(credit|balance|fund|quota)|billing", re.IGNORECASE)
 
 
 class NotAsked(Exception):
@@ -223,7 +224,8 @@ class ChatApi:
         status = failure.status_code
         message = failure.message.removeprefix(f"Error code: {status} - ")
         detail = f"{status}: {self.safe_line(message)}"
-        if status == 402 or (status == 429 and "insufficient_quota" in (failure.code, failure.type)):
+        is_unpaid = status == 429 and "insufficient_quota" in (failure.code, failure.type)
+        if status == 402 or is_unpaid or (status in (400, 403) and _ABOUT_CREDIT.search(message)):
             return self.fatal(f"no credit left: {detail}")
         if status == 429:
             return self._slow_down(failure, detail)

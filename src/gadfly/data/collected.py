@@ -7,6 +7,7 @@ from gadfly.api.chat_request import ChatRequest, Question, parameters_of
 from gadfly.api.paid_answers import answers_of
 from gadfly.config import Recipe
 from gadfly.data.dataset import Dataset, gather, load_rows
+from gadfly.errors import DataError
 from gadfly.records import Message, Row
 from gadfly.run_folder import RunFolder
 
@@ -53,6 +54,11 @@ def collected(recipe: Recipe, folder: RunFolder) -> Dataset | None:
                 source, line, row = found
                 # An answer may have been asked for when its prompt had another id.
                 numbered.append((source, line, {**row, **question.about}))
+        if not numbered:
+            raise DataError(
+                f"{path}: none of its {len(rows):,} answers is to a question of this recipe; put teacher.* "
+                f"and data.prompts back to what they were asked with, or run `gadfly collect RECIPE`"
+            )
     return gather([str(path)], numbered, needs_response=True, train_on=recipe.teacher.train_on)
 
 

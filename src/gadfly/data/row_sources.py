@@ -57,8 +57,17 @@ def _read_lines(source: str) -> Iterator[tuple[int, object]]:
         for number, line in enumerate(lines, start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
+                _refuse_array(source, line)
             if line.strip():
                 yield number, _decode_line(line)
+
+
+def _refuse_array(source: str, first_line: bytes) -> None:
+    """Tell a file that is one JSON array at its first line: its rows would be broken, all but the last."""
+    if source.lower().endswith(".json") and first_line.lstrip().startswith(b"["):
+        raise DataError(
+            f"{source}: a JSON array, where one object a line is read; convert it: jq -c '.[]' {source}"
+        )
 
 
 def _decode_line(line: bytes) -> object:

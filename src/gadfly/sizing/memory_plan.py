@@ -213,7 +213,9 @@ def plan_memory(work: Workload) -> MemoryPlan:
 def smallest_number_of_gpus(work: Workload, most: int = 1024) -> int | None:
     """The fewest GPUs that a workload fits on; None if it fits on none of up to `most`."""
     for gpus in range(1, most + 1):
-        if plan_memory(replace(work, gpus=gpus)).fits(work.gpu_memory):
+        # vLLM within a process is one process's alone.
+        sampler = "local" if gpus > 1 and work.sampler == "vllm" else work.sampler
+        if plan_memory(replace(work, gpus=gpus, sampler=sampler)).fits(work.gpu_memory):
             return gpus
     return None
 

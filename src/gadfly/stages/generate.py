@@ -1,18 +1,14 @@
 """Responses of checkpoints to the test prompts, and what can be said of them without a judge."""
 
 import logging
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
-from gadfly.checkpoint import latest_checkpoint, open_checkpoint
-from gadfly.config import TRAINING_STAGES
 from gadfly.data.dataset import Dataset, load_rows
-from gadfly.errors import CheckpointError, ConfigError
-from gadfly.model_identity import model_identity
+from gadfly.errors import ConfigError
 from gadfly.records import Generation, generations_file
 from gadfly.stages.examples import Example, check_context, tokenise
+from gadfly.stages.named_models import Model, check_names, find_model, named_models
 from gadfly.stages.roles import Writer, open_writer
 from gadfly.stages.rollout import sample_groups
 from gadfly.stages.run import Run
@@ -20,18 +16,6 @@ from gadfly.statistics import Figure, mean, share
 from gadfly.text_metrics import repetition, rouge_l
 
 logger = logging.getLogger(__name__)
-
-# What a stage's folder has checkpoints as.
-_STEP = re.compile(r"step-\d{6}|latest|best")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model to generate with: the arm's name, what it is in full, and where it lies."""
-
-    name: str
-    checkpoint: str
-    source: str
 
 
 def check_recipe(run: Run) -> None:
@@ -47,21 +31,7 @@ def check_recipe(run: Run) -> None:
     files = [generations_file(name, t) for name in recipe.data.test for t in recipe.generate.temperatures]
     if twice := sorted({file for file in files if files.count(file) > 1}):
         raise ConfigError(f"data.test: two sets would be written to generations/{twice[0]}.jsonl; rename one")
-    for name in recipe.generate.checkpoints:
-        # What lies in the run's own folder may still be to come.
-        is_own = Path(name).is_relative_to(run.folder.path)
-        if name == "base" or is_own or (run.folder.path / name).exists() or Path(name).exists():
-            continue
-        stage, _, step = name.partition("/")
-        if stage not in TRAINING_STAGES:
-            raise ConfigError(
-                f"generate.checkpoints: {name!r} is neither a stage nor in {run.folder.path} nor a folder"
-            )
-        if step and not _STEP.fullmatch(step):
-            raise ConfigError(
-                f"generate.checkpoints: {name!r}: of a stage there are {stage}/latest, {stage}/best and "
-                f"such as {stage}/step-000100"
-            )
+    check_names(run)
 
 
 def generate(run: Run) -> None:
@@ -79,7 +49,11 @@ def generate(run: Run) -> None:
     for name, data in sets.items():
         run.processes.check_same(f"content of data.test.{name}", data.fingerprint, "give all the same files")
         run.bad_as_read[f"test.{name}"] = data.bad
-    for model in run.processes.once("checkpoints", lambda: named_models(run.alone()), is_patient=True):
+    models = run.processes.once("checkpoints", lambda: named_models(run.alone()), is_patient=True)
+    for name, data in sets.items():
+        for temperature in run.recipe.generate.temperatures:
+            _forget_others(run, generations_file(name, temperature), models, data, temperature)
+    for model in models:
         student = None
         for name, data in sets.items():
             for temperature in run.recipe.generate.temperatures:
@@ -104,7 +78,7 @@ def generate_held_out(run: Run, names: Sequence[str], file: str) -> None:
     rows, num_prompts = run.data.valid, run.recipe.evaluation.prompts
     # Prompts over the cap are left out, as the training stages have noted.
     usable = run.folder.read_json("summary.json").get("data", {}).get("valid", {}).get("rows", len(rows))
-    for model in run.processes.once("checkpoints", lambda: [_find(run.alone(), name) for name in names]):
+    for model in run.processes.once("checkpoints", lambda: [find_model(run.alone(), name) for name in names]):
         _forget_stale(run, file, model, Dataset(rows), 0.0)
         written = [row for row in run.folder.rows(f"generations/{file}.jsonl") if row["model"] == model.name]
         if len(written) == min(num_prompts, usable):
@@ -114,65 +88,19 @@ def generate_held_out(run: Run, names: Sequence[str], file: str) -> None:
         _sample_missing(run, file, model, student, examples, 0.0)
 
 
-def named_models(run: Run) -> list[Model]:
-    """The models of `generate.checkpoints`, or by default the base and every training stage that is done.
-
-    Raises:
-        CheckpointError: if one is not there.
-        ConfigError: if one is named twice.
-    """
-    names = run.recipe.generate.checkpoints or [
-        "base",
-        *(stage for stage in TRAINING_STAGES if run.folder.is_done(stage)),
-    ]
-    models = [_find(run, name) for name in names]
-    arms = [model.name for model in models]
-    if twice := sorted({arm for arm in arms if arms.count(arm) > 1}):
-        raise ConfigError(f"generate.checkpoints: {', '.join(twice)} is named twice; name each model once")
-    return models
-
-
-def _find(run: Run, name: str) -> Model:
-    if name == "base":
-        source = run.recipe.student.model
-        return Model("base", model_identity(source) or source, source)
-    if name in TRAINING_STAGES:
-        checkpoint = latest_checkpoint(run.folder.stage(name))
-        if checkpoint is None:
-            raise CheckpointError(
-                f"generate.checkpoints: no checkpoint of {name!r} under {run.folder.path}; "
-                f"run that stage first"
-            )
-    else:
-        path = next((path for path in (run.folder.path / name, Path(name)) if path.exists()), None)
-        if path is None:
-            raise CheckpointError(
-                f"generate.checkpoints: {name!r} is neither in {run.folder.path} nor a folder"
-            )
-        if not (path / "manifest.json").exists():
-            # Its own name alone would be `student` for the student of any checkpoint.
-            arm = "/".join(path.resolve().parts[-3:])
-            return Model(arm, model_identity(str(path)) or arm, str(path))
-        checkpoint = open_checkpoint(path)
-    step = f"{checkpoint.path.parent.name}/{checkpoint.path.name}"
-    arm = step if Path(name).is_absolute() else name
-    return Model(arm, f"{step} ({checkpoint.digest[:8]})", str(checkpoint.path / "student"))
-
-
 def _cap(run: Run) -> int:
     return run.recipe.generate.max_response_tokens or run.recipe.sampling.max_response_tokens
 
 
 def _forget_stale(run: Run, file: str, model: Model, data: Dataset, temperature: float) -> bool:
     """Drop figures and rows of this model that were made with other settings. Returns whether it did."""
-    longest, seed = run.recipe.sampling.max_prompt_tokens, run.recipe.seed
-    settings = [model.checkpoint, data.fingerprint, longest, _cap(run), temperature, seed]
     state = run.folder.read_json("generations/state.json")
-    key, now = f"{file}/{model.name}", "|".join(map(str, settings))
+    key, now = f"{file}/{model.name}", f"{model.checkpoint}{_made_with(run, data, temperature)}"
     if state.get(key) == now:
         return False
     summary = run.folder.read_json("summary.json")
-    summary.get("evaluation", {}).get(model.name, {}).pop(file, None)
+    for arm in (model.name, "teacher"):
+        summary.get("evaluation", {}).get(arm, {}).pop(file, None)
     # What a judge said was of the old answers too.
     for section in ("pairwise", "judge"):
         summary.get(section, {}).pop(file, None)
@@ -180,6 +108,36 @@ def _forget_stale(run: Run, file: str, model: Model, data: Dataset, temperature:
     run.folder.keep_rows(f"generations/{file}.jsonl", lambda row: row.get("model") != model.name)
     run.folder.write_json("generations/state.json", {**state, key: now})
     return True
+
+
+def _made_with(run: Run, data: Dataset, temperature: float) -> str:
+    """What decides the answers of a checkpoint: one table holds figures where it is the same."""
+    longest, seed = run.recipe.sampling.max_prompt_tokens, run.recipe.seed
+    return "".join(f"|{part}" for part in (data.fingerprint, longest, _cap(run), temperature, seed))
+
+
+def _forget_others(run: Run, file: str, models: Sequence[Model], data: Dataset, temperature: float) -> None:
+    """Drop the figures of models that are not generated with now, where they are of other settings.
+
+    Their rows stay, and give the figures again when these models are generated with once more.
+    """
+    own, now = {model.name for model in models}, _made_with(run, data, temperature)
+    summary = run.folder.read_json("summary.json")
+    evaluation, dropped = summary.get("evaluation", {}), []
+    for key, made_with in run.folder.read_json("generations/state.json").items():
+        arm = key.removeprefix(f"{file}/")
+        is_stale = key != arm and arm not in own and not made_with.endswith(now)
+        if is_stale and evaluation.get(arm, {}).pop(file, None):
+            dropped.append(arm)
+    if dropped:
+        run.folder.write_json("summary.json", summary)
+        logger.warning(
+            "generate %s: the figures of %s leave the table, being of other prompts or settings than those "
+            "of %s; name them in generate.checkpoints to have them anew",
+            file,
+            ", ".join(dropped),
+            ", ".join(sorted(own)),
+        )
 
 
 def _has_figures(run: Run, file: str, model: Model) -> bool:

@@ -54,8 +54,13 @@ def workload(recipe: Recipe, gpus: int, gpu_memory: float) -> Workload:
     """A recipe's gad stage on GPUs, with `auto` settings as they turn out there where vLLM is installed.
 
     Raises:
-        UserError: if the config of a model cannot be read.
+        UserError: if the config of a model cannot be read, or the sampler is for one process alone.
     """
+    if gpus > 1 and recipe.sampling.backend == "vllm" and not recipe.sampling.servers:
+        raise UserError(
+            f'sampling.backend = "vllm": one in each of {gpus} processes is not supported; '
+            f'start vLLM servers and name them in sampling.servers, or set sampling.backend = "local"'
+        )
     student = read_shape(recipe.student.model)
     discriminator = recipe.discriminator.model
     sampling = recipe.sampling

@@ -105,8 +105,13 @@ def _note(run: Run, sheet: AnswerSheet, judgement: _Judgement, method: str) -> N
 
 def _shared(run: Run, sheet: AnswerSheet) -> Record:
     """Who is of the judge's family: such a judge favours its like, which the report must say."""
-    teachers = {response.teacher for row in sheet.rows for response in row.responses if response.teacher}
-    others = {f"teacher ({name})": name for name in sorted(teachers)}
+    teachers = {response.teacher for row in sheet.rows for response in row.responses}
+    # A test set seldom says whose its answers are; the recipe may, and what was collected does.
+    teachers |= {
+        run.recipe.teacher.model,
+        *run.folder.read_json("summary.json").get("collect", {}).get("teachers", ()),
+    }
+    others = {f"teacher ({name})": name for name in sorted(name for name in teachers if name)}
     shared = shared_family(run.recipe.judge.model or "", {**others, "student": run.recipe.student.model})
     for who, family in shared.items():
         logger.warning(
