@@ -8,6 +8,7 @@ from audits import recipe, rows
 from transformers import AutoModelForCausalLM
 
 from gadfly.recipe_file import load_recipe
+from gadfly.stages.audit import audit
 from gadfly.stages.audit.estimate import Pace, estimate
 from gadfly.stages.run import open_run
 
@@ -46,3 +47,25 @@ def test_checkpoints_of_the_discriminators_language_model_need_disk(tmp_path: Pa
     assert with_it["disk_bytes"] - without["disk_bytes"] == pytest.approx(3 * parameters * 12, rel=0.01)
     # The 16 prompts are fewer than a batch.
     assert with_it["seconds"]["discriminator-lm"] == 5 * 16 * 3 * 10
+
+
+def test_what_does_not_fit_is_looked_at_again_with_the_settings_of_now(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(tmp_path, tiny_model, rows(0, 40))
+
+    def audited(*settings: str) -> tuple[dict[str, Any], set[str]]:
+        with open_run(load_recipe(path, settings)) as run:
+            audit(run)
+            looked = run.folder.read_json("audit.json")["audit"]
+        return looked, {
+            f["evidence"].split(":")[0] for f in looked["findings"] if f["name"] == "does-not-fit"
+        }
+
+    fits, nothing = audited()
+    assert not nothing
+    # A million checkpoints are kept of each stage.
+    overfull, missing = audited("checkpoints.keep_last=1000000")
+    assert missing == {"disk"}
+    assert overfull["pace"] == fits["pace"], "nothing was sampled again"
+    assert audited() == (fits | {"estimate": audited()[0]["estimate"]}, set())

@@ -15,6 +15,7 @@ from gadfly.checkpoint import Checkpoint, latest_checkpoint
 from gadfly.data.dataset import load_rows
 from gadfly.errors import AlarmError, CheckpointError
 from gadfly.records import Row
+from gadfly.stages.audit.estimate import Pace, estimate, size_findings
 from gadfly.stages.audit.looking import look
 from gadfly.stages.run import Run
 
@@ -54,12 +55,18 @@ def _audit(run: Run, stage: str, checkpoint: Checkpoint | None) -> None:
     sets = {name: load_rows(files, needs_response=False).rows for name, files in run.recipe.data.test.items()}
     settings = _settings(run, sets, checkpoint)
     found = run.folder.read_json(AUDIT_FILE).get(stage, {})
-    if found.get("settings") == settings:
-        logger.info("%s: done already", stage)
-    else:
+    is_done = found.get("settings") == settings and "pace" in found
+    if not is_done:
         found = look(run, stage, sets, _folder(checkpoint), is_trained=_is_trained(run, checkpoint))
         found["settings"] = settings
-        run.folder.write_json(AUDIT_FILE, {**run.folder.read_json(AUDIT_FILE), stage: found})
+    # Each time: it hangs on settings that what was looked at does not, and on the disk as it is now.
+    found["estimate"] = estimate(run, Pace(**found["pace"]))
+    findings = [finding for finding in found["findings"] if finding["name"] != "does-not-fit"]
+    found["findings"] = findings + [finding.as_record() for finding in size_findings(found["estimate"])]
+    run.folder.write_json(AUDIT_FILE, {**run.folder.read_json(AUDIT_FILE), stage: found})
+    if is_done:
+        logger.info("%s: done already", stage)
+    else:
         _tell(stage, found)
     stopping = [
         f"{finding['name']} ({finding['evidence']})"

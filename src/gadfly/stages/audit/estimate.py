@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gadfly.analysis.audit_findings import Finding
-from gadfly.config import GadConfig, Recipe, Training, WarmupConfig
+from gadfly.config import TRAINING_STAGES, GadConfig, Recipe, Training, WarmupConfig
 from gadfly.errors import UserError
 from gadfly.sizing.memory_plan import Workload, checkpoint_bytes, plan_memory
 from gadfly.stages.plan import workload
@@ -71,20 +71,25 @@ def estimate(run: Run, pace: Pace) -> dict[str, Any]:
         "checkpoint_bytes": round(checkpoint_bytes(work)),
         "disk_bytes": round(_disk_bytes(run.recipe, work)),
         "free_disk_bytes": shutil.disk_usage(run.folder.path).free,
+        "written_bytes": _written_bytes(run),
     }
 
 
 def size_findings(estimated: dict[str, Any]) -> list[Finding]:
     """Whether memory or disk do not suffice."""
-    found = []
-    for needed, there, what in (
-        ("peak_bytes", "memory_bytes", "memory"),
-        ("disk_bytes", "free_disk_bytes", "disk"),
-    ):
-        if estimated.get(needed, 0) > estimated.get(there, 0):
-            evidence = f"{what}: {estimated[needed] / 1e9:.1f} GB of {estimated[there] / 1e9:.1f} GB"
-            found.append(Finding("does-not-fit", evidence))
-    return found
+    if "peak_bytes" not in estimated:
+        return []
+    # What the run has written by now is room that it has taken already.
+    disk = estimated["free_disk_bytes"] + estimated["written_bytes"]
+    parts = (
+        ("memory", estimated["peak_bytes"], estimated["memory_bytes"]),
+        ("disk", estimated["disk_bytes"], disk),
+    )
+    return [
+        Finding("does-not-fit", f"{what}: {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB")
+        for what, needed, there in parts
+        if needed > there
+    ]
 
 
 def _num_processes() -> int:
@@ -108,6 +113,12 @@ def _disk_bytes(recipe: Recipe, work: Workload) -> float:
     )
     language = both - student if recipe.discriminator.lm_steps else 0.0
     return (2 * kept + 1) * both + kept * ((1 + recipe.seqkd.equal_time) * student + language)
+
+
+def _written_bytes(run: Run) -> int:
+    """Of the checkpoints that are there."""
+    files = (path for stage in TRAINING_STAGES for path in run.folder.stage(stage).glob("step-*/**/*"))
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _steps(training: Training, num_rows: int) -> int:

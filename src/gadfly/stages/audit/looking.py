@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from gadfly.chat_template import Renderer
 from gadfly.errors import DataError
 from gadfly.records import Row, TeacherResponse
 from gadfly.stages.audit.asking import Asked, ask, by_hash
-from gadfly.stages.audit.estimate import Pace, estimate, size_findings
+from gadfly.stages.audit.estimate import Pace
 from gadfly.stages.audit.identical import score_twice
 from gadfly.stages.audit.rendering import control_strings, template_findings, token_findings
 from gadfly.stages.run import Run
@@ -93,7 +93,6 @@ def look(
     leaks = find_leaks(run.data.train, {**sets, "valid": run.data.valid})
     chosen_on = find_leaks(run.data.valid, sets)
     twice = score_twice(run, checkpoint, renderer, [e.row for e in asked.examples], asked.samples)
-    estimated = estimate(run, _pace(asked, as_trained, student, twice.tokens_per_second))
     findings = [
         *template_findings(renderer),
         *token_findings(renderer, teacher_answers.responses, teacher_answers.tokens),
@@ -104,7 +103,6 @@ def look(
         *judge_leaks(leaks),
         *judge_chosen_on(chosen_on),
         *judge_surface(surface, is_trained=is_trained),
-        *size_findings(estimated),
     ]
     return {
         "trained": is_trained,
@@ -121,7 +119,7 @@ def look(
         "identical_text": {"texts": twice.texts, "different": twice.different, "largest": twice.largest},
         "leaks": [leak.as_record(_SHOWN) for leak in leaks],
         "test_in_valid": [leak.as_record(_SHOWN) for leak in chosen_on],
-        "estimate": estimated,
+        "pace": asdict(_pace(asked, as_trained, student, twice.tokens_per_second)),
         "findings": [finding.as_record() for finding in findings],
     }
 
