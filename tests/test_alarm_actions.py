@@ -47,9 +47,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {
         "metrics": [without_time(row) for row in run.rows("metrics.jsonl")],
         "alarms": run.rows("alarms.jsonl"),
-        "remedies": run.rows("gad/remedies.jsonl"),
+        "remedies": [without_time(row) for row in run.rows("gad/remedies.jsonl")],
         "kept": checkpoint_steps(folder / "gad"),
-        "stage": {**run.read_json("gad/stage.json"), "seconds": None},
+        "stage": {**run.read_json("gad/stage.json"), "seconds": None, "lost_seconds": None},
         "weights": [path.read_bytes() for path in sorted((folder / "gad").glob("step-*/student/kl.txt"))],
     }
 
@@ -118,6 +118,24 @@ def test_a_stage_goes_back_and_on_with_the_remedy(recipe_file: Path, tmp_path: P
     settings = found["stage"]["settings"]["gad"]
     assert settings["kl_coefficient"] == 0.001, "the stage is still that of the recipe"
     assert drift(recipe_file, tmp_path / "run", "alarms.actions.drift=roll_back") == found
+
+
+def test_the_time_of_what_was_taken_back_is_counted_beside_that_of_what_is_kept(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    began = time.perf_counter()
+    drift(recipe_file, tmp_path / "run", "alarms.actions.drift=roll_back")
+    whole = time.perf_counter() - began
+    folder = RunFolder(tmp_path / "run")
+    (remedy,) = folder.rows("gad/remedies.jsonl")
+    times = folder.read_json("summary.json")["stages"]["gad"]
+    assert times["lost_seconds"] == remedy["time/lost_seconds"]
+    # That of the steps before the checkpoint it went back to is not lost.
+    assert 0 < times["lost_seconds"] < remedy["time/seconds"]
+    assert times["seconds"] + times["lost_seconds"] < whole
+    drift(recipe_file, tmp_path / "warned")
+    warned = RunFolder(tmp_path / "warned").read_json("summary.json")["stages"]["gad"]
+    assert "lost_seconds" not in warned
 
 
 @pytest.mark.parametrize("action", ["stop", "roll_back"])
@@ -366,6 +384,6 @@ def test_an_alarm_before_the_first_step_promises_no_checkpoint(recipe_file: Path
         alarms = StageAlarms(run, "gad", Circumstances())
         alarms.see({"stage": "gad", "step": 0, "evaluation/rouge_l": float("nan")})
         with pytest.raises(AlarmError) as stopped:
-            alarms.act(before=lambda: None)
+            alarms.act(before=lambda: None, seconds=0.0)
     assert "checkpoint" not in str(stopped.value)
     assert 'alarms.actions.not-finite="warn"' in str(stopped.value)

@@ -366,6 +366,16 @@ def test_samples_that_are_long_and_do_not_grow_are_no_run_away(ratio: float, shr
     assert raised(rows(160, planted={"rollout/length_ratio": course})) == {}
 
 
+def test_a_drift_is_since_the_step_that_took_the_student_half_a_nat_away() -> None:
+    history, alarms = History("gad"), []
+    for step in range(1, 60):
+        # A tenth of a nat a step from step 20 on: of its row, the step before is the cause.
+        history.add({"stage": "gad", "step": step, "student/kl_nats": 0.02 + 0.1 * max(0, step - 20)})
+        alarms += [alarm for alarm in look(history) if alarm.name == "drift"]
+    assert alarms[0].step > 30
+    assert alarms[0].since == 24
+
+
 def test_samples_that_were_long_from_the_start_run_away_once_they_grow() -> None:
     growing = from_onset(3.2, "rollout/length_ratio", over=20)
     planted: dict[str, Shape] = {"rollout/length_ratio": lambda step: max(1.6, growing(step) or 0.0)}

@@ -18,6 +18,7 @@ from gadfly.checkpoint import checkpoint_steps
 from gadfly.distributed.processes import Processes
 from gadfly.engine import Engine
 from gadfly.errors import AlarmError
+from gadfly.metrics import without_time
 from gadfly.models import load_language_model
 from gadfly.recipe_file import load_recipe
 from gadfly.run_folder import RunFolder
@@ -112,7 +113,7 @@ def alarm_records(folder: Path) -> dict[str, Any]:
         "steps": [row["step"] for row in rows],
         "rests": [row["step"] for row in rows if row.get("detail/discriminator_skipped")],
         "alarms": run.rows("alarms.jsonl"),
-        "remedies": run.rows("gad/remedies.jsonl"),
+        "remedies": [without_time(row) for row in run.rows("gad/remedies.jsonl")],
         "kept": checkpoint_steps(folder / "gad"),
         "is done": run.is_done("gad"),
     }

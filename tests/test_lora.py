@@ -33,6 +33,7 @@ from gadfly.records import Message, Row, TeacherResponse
 from gadfly.samplers import LocalSampler, Request
 from gadfly.stages.gad import gad
 from gadfly.stages.generate import generate
+from gadfly.stages.roles import open_base_of, open_writer
 from gadfly.stages.run import Run, open_run
 from gadfly.stages.warmup import warmup
 
@@ -382,6 +383,30 @@ def test_another_discriminator_model_is_refused_with_lora(recipe_file: Path) -> 
 
 
 # The stages
+
+
+def test_over_half_precision_what_writes_and_scores_has_the_adapter_that_was_trained(
+    recipe_file: Path, tiny_model: Path
+) -> None:
+    # Steps this small are lost where they are added to weights in bfloat16.
+    settings = [*LORA, "student.dtype=bfloat16", "warmup.learning_rate=1e-4", "warmup.max_steps=4"]
+    with open_run(load_recipe(recipe_file, settings)) as run:
+        warmup(run)
+        end = run.folder.stage("warmup") / "latest"
+        writer = open_writer(run, end / "student").model
+        base = open_base_of(run.recipe, end / "discriminator")
+        other = load_recipe(recipe_file, [*settings, "student.lora_rank=5"])
+        assert open_base_of(other, end / "student") is None, "of another rank, it is opened as one whole"
+        assert open_base_of(run.recipe, tiny_model) is None
+    ids = torch.arange(3, 20)[None]
+    trained_one = shared_base(tiny_model, "bfloat16", rank=4, alpha=8).language_model(end / "student")
+    logits = trained_one(input_ids=ids).logits
+    assert torch.equal(writer(input_ids=ids).logits, logits)
+    merged_one, _ = load_language_model(str(end / "student"), "bfloat16")
+    assert not torch.equal(merged_one(input_ids=ids).logits, logits)
+    assert base is not None
+    # It scores its probe as it did when it was saved, or is refused.
+    load_discriminator(end / "discriminator", "bfloat16", base)
 
 
 def adapters(run: Run, stage: str, role: str) -> dict[str, Tensor]:

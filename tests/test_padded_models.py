@@ -123,6 +123,16 @@ def test_a_model_that_keeps_its_states_to_itself_is_refused_in_a_line(name: str)
     assert "\n" not in str(refusal.value)
 
 
+def test_attention_of_its_own_is_told_once_a_kind_of_model(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "gadfly")
+    model = new_model(HYBRIDS["lfm2"])
+    # Other tests have opened the kind by its name.
+    model.__class__ = type("Unheard", (type(model),), {})
+    for _ in range(2):
+        assert not open_attention(model)
+    assert caplog.text.count("Unheard: computes a prompt once an answer") == 1
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_whose_weights_are_no_numbers_is_not_sampled_from(temperature: float) -> None:
     model = new_model(CAPPED)

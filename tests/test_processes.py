@@ -23,6 +23,7 @@ from torch.distributed import HashStore
 
 from gadfly.checkpoint import open_checkpoint
 from gadfly.distributed.end_requests import EndRequests
+from gadfly.distributed.growth import growth_as_progress
 from gadfly.distributed.heartbeats import Heartbeats, Status
 from gadfly.distributed.processes import Processes, deal
 from gadfly.metrics import without_time
@@ -315,6 +316,24 @@ def test_a_rank_that_makes_progress_is_not_stuck() -> None:
         "gad step 7: rank 1 is stuck (for 2 s, in gad step 7, at token 24 of 30); rank 0 waited for the "
         "others' samples. Run the same command to go on from the last checkpoint."
     ]
+
+
+def test_a_folder_that_grows_is_progress_and_one_that_does_not_is_none(tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    class Told(Processes):
+        size = 2
+
+        def progress(self, what: str) -> None:
+            lines.append(what)
+
+    told = Told()
+    with growth_as_progress(tmp_path, told):
+        for megabytes in (1, 2):
+            (tmp_path / "weights").write_bytes(bytes(megabytes * 10**6))
+            time.sleep(1.5)
+        time.sleep(2.5)
+    assert lines == ["writing the checkpoint: 1 MB", "writing the checkpoint: 2 MB"]
 
 
 def test_a_request_to_end_is_heard_beside_the_main_thread_and_after_asyncio() -> None:

@@ -287,3 +287,5 @@ def test_gad_starts_from_a_checkpoint_elsewhere(recipe: Path, undisturbed: Path,
     step = checkpoint_steps(run / "gad")[0]
     assert f"gad: going on after step {step} of 8" in finish("gad", recipe, run, f"gad.start_from={step}")
     assert outcome(run, ("gad",)) == outcome(undisturbed, ("gad",))
+    finish("gad", recipe, run, "gad.start_from=0")
+    assert outcome(run, ("gad",)) == outcome(undisturbed, ("gad",)), "nor when there is no checkpoint left"

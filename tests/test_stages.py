@@ -1,14 +1,17 @@
 """The stages with odd data and settings: a right result, or one clear line."""
 
+import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import SHARED
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from gadfly.checkpoint import latest_checkpoint
 from gadfly.discriminator import new_discriminator, read_scores
@@ -18,6 +21,8 @@ from gadfly.groups import Branch, Group
 from gadfly.losses import group_advantages
 from gadfly.recipe_file import load_recipe
 from gadfly.records import Message
+from gadfly.samplers import LocalSampler
+from gadfly.stages import sampler_choice
 from gadfly.stages.diagnostics import discriminator_metrics, student_scores
 from gadfly.stages.gad import gad
 from gadfly.stages.generate import generate
@@ -143,9 +148,50 @@ def test_lengths_at_which_a_model_turns_positions_otherwise_are_refused(
         seqkd(run)
 
 
+def test_no_model_outlives_its_stage(recipe_file: Path) -> None:
+    def models() -> list[PreTrainedModel]:
+        return [thing for thing in gc.get_objects() if issubclass(type(thing), PreTrainedModel)]
+
+    gc.collect()
+    before = len(models())
+    # Whatever refers to itself stays until somebody looks for it.
+    gc.disable()
+    try:
+        with open_run(load_recipe(recipe_file, ["engine.activation_checkpointing=true"])) as run:
+            warmup(run)
+        assert len(models()) == before
+    finally:
+        gc.enable()
+
+
+def test_supervised_steps_hand_no_weights_to_the_sampler(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[str] = []
+
+    class Counting(LocalSampler):
+        stage = ""
+
+        def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+            handed.append(self.stage)
+            super().update(weights)
+
+    monkeypatch.setattr(sampler_choice, "LocalSampler", Counting)
+    with open_run(load_recipe(recipe_file, ["seqkd.evaluate_every=3", "seqkd.max_steps=6"])) as run:
+        Counting.stage = "seqkd"
+        seqkd(run)
+        Counting.stage = "warmup"
+        warmup(run)
+        steps = run.folder.read_json("summary.json")["stages"]
+    # At the evaluations after steps 3 and 6; none before the first step, when the sampler has the weights.
+    assert handed.count("seqkd") == 2
+    assert 2 < handed.count("warmup") <= steps["warmup"]["steps"]
+
+
+@pytest.mark.parametrize("lost", [0.0, 50.0])
 @pytest.mark.parametrize("opening", [0.0, 100.0])
 def test_the_equal_time_baseline_takes_as_long_and_keeps_its_number_of_steps(
-    recipe_file: Path, opening: float
+    recipe_file: Path, opening: float, lost: float
 ) -> None:
     with open_run(load_recipe(recipe_file)) as run:
         for stage in (seqkd, warmup, gad):
@@ -155,6 +201,9 @@ def test_the_equal_time_baseline_takes_as_long_and_keeps_its_number_of_steps(
         longer = {
             name: stages[name] | {"seconds": stages[name]["seconds"] + opening} for name in ("seqkd", "gad")
         }
+        if lost:
+            # What gad had done before it went back to an earlier step.
+            longer["gad"]["lost_seconds"] = lost
         run.folder.update_summary("stages", longer)
         seqkd_equal_time(run)
         plan = run.folder.read_json("seqkd-equal-time/plan.json")
@@ -162,7 +211,7 @@ def test_the_equal_time_baseline_takes_as_long_and_keeps_its_number_of_steps(
         rows = [row for row in run.folder.rows("metrics.jsonl") if row["stage"] == "seqkd"]
     first, *_, last = (row["time/unix"] for row in rows if "time/step_seconds" in row)
     pace = (last - first) / (stages["seqkd"]["steps"] - 1)
-    left = stages["warmup"]["seconds"] + stages["gad"]["seconds"] - stages["seqkd"]["seconds"]
+    left = stages["warmup"]["seconds"] + stages["gad"]["seconds"] + lost - stages["seqkd"]["seconds"]
     assert plan["steps"] == done == max(1, stages["seqkd"]["steps"] + round(left / pace))
 
 

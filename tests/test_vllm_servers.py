@@ -43,7 +43,7 @@ from gadfly.samplers.dealt import DealtSampler
 from gadfly.samplers.sampler import Request, Sample, Sampler
 from gadfly.samplers.vllm_http import Server
 from gadfly.samplers.vllm_servers import VllmServers
-from gadfly.samplers.vllm_weights import AllServers
+from gadfly.samplers.vllm_weights import AllServers, FolderHandOver
 
 VOCABULARY, END = 29, 3
 PAUSED_ROUTES = ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume"]
@@ -529,6 +529,15 @@ def test_a_hand_over_that_reaches_no_server_ends_in_every_trainer_with_the_cause
     assert first[1:] == ["bias", "table"]
 
 
+def test_weights_that_a_killed_process_left_are_deleted(tmp_path: Path) -> None:
+    left = tmp_path / "weights-abc" / "model-00000.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(bytes(10))
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    FolderHandOver(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 # The recipe.
 
 
@@ -539,6 +548,10 @@ def test_servers_are_refused_beside_what_they_exclude(recipe_file: Path) -> None
         load_recipe(recipe_file, [servers, "sampling.backend=local"])
     with pytest.raises(ConfigError, match=r"sampling.servers: .*student.lora_rank = 4"):
         load_recipe(recipe_file, [servers, "student.lora_rank=4"])
+    other = ["discriminator.model=other", "discriminator.reads=text"]
+    assert load_recipe(recipe_file, [servers, *other]).discriminator.model == "other"
+    with pytest.raises(ConfigError, match=r"discriminator.lm_steps = 9 trains and samples 'other'"):
+        load_recipe(recipe_file, [servers, *other, "discriminator.lm_steps=9"])
     with pytest.raises(ConfigError, match=r"servers.* give an address as http://host:8000"):
         load_recipe(recipe_file, ['sampling.servers=["host:8000"]'])
 

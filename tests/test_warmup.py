@@ -1,6 +1,7 @@
 """Warmup against a slow twin: written out again, one response at a time, in float64."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from test_gad import (
 from tiny import sharp_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from gadfly.checkpoint import drop_checkpoints_after
 from gadfly.models import load_language_model, save_language_model
 from gadfly.recipe_file import load_recipe
 from gadfly.stages.examples import Batches
@@ -121,6 +123,24 @@ def test_the_discriminator_starts_from_the_original_model_not_from_the_fine_tune
         torch.testing.assert_close(value, original[name], rtol=0, atol=1e-6)
     student = load_file(end / "student" / "model.safetensors")
     assert any(not torch.allclose(value, student[f"model.{name}"]) for name, value in original.items())
+
+
+def test_a_language_model_that_is_gone_is_not_trained_again_for_a_discriminator_that_began_from_it(
+    recipe_file: Path,
+) -> None:
+    settings = ["discriminator.lm_steps=2", "warmup.max_steps=4", "warmup.save_every=1"]
+    with open_run(load_recipe(recipe_file, settings)) as run:
+        warmup(run)
+        language_model = run.folder.stage("discriminator-lm")
+        shutil.rmtree(language_model)
+        warmup(run)
+        # So it is where the stage was stopped amid its steps.
+        begun = run.folder.read_json("warmup/stage.json")
+        run.folder.write_json("warmup/stage.json", {**begun, "done": False})
+        drop_checkpoints_after(run.folder.stage("warmup"), begun["total_steps"] - 1)
+        warmup(run)
+        assert run.folder.is_done("warmup")
+    assert not language_model.exists()
 
 
 def test_the_student_stands_still_in_the_discriminators_own_steps(

@@ -6,6 +6,8 @@ say who sees whom, over a sequence of any make-up; a model called without it att
 Axes: `token` the sequence, `head`, `key_head` (fewer, where heads share keys), `channel`.
 """
 
+import logging
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
+
+logger = logging.getLogger(__name__)
 
 _NAME = "gadfly"
 
@@ -70,14 +74,22 @@ def open_attention(model: PreTrainedModel) -> bool:
     """
     # For those that are left with attention of their own.
     AttentionMaskInterface.register("eager", _eager_mask)
-    if not model._supports_attention_backend or model.config._attn_implementation != "sdpa":
-        return takes_attention(model)
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    model.set_attn_implementation(_NAME)
-    if not _attends_as_before(model):
-        model.set_attn_implementation("sdpa")
-    return takes_attention(model)
+    if model._supports_attention_backend and model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(_NAME, _attention)
+        AttentionMaskInterface.register(_NAME, sdpa_mask)
+        model.set_attn_implementation(_NAME)
+        if not _attends_as_before(model):
+            model.set_attn_implementation("sdpa")
+    is_open = takes_attention(model)
+    if not is_open:
+        _tell_rows(type(model).__name__)
+    return is_open
+
+
+@cache
+def _tell_rows(kind: str) -> None:
+    """Once for each kind of model."""
+    logger.info("%s: computes a prompt once an answer, in padded rows: its attention is its own", kind)
 
 
 def takes_attention(model: nn.Module) -> bool:
@@ -111,7 +123,9 @@ def _attends_as_before(model: PreTrainedModel) -> bool:
         return False
     # A model whose weights are no numbers is for the loss to refuse.
     scale = float(together.abs().nan_to_num().max())
-    return torch.allclose(together, torch.cat(alone), rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+    # In half precision two ways of adding up differ by more than the last bit.
+    tolerance = max(1e-3, 4 * torch.finfo(together.dtype).eps)
+    return torch.allclose(together, torch.cat(alone), rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def _layers_and_windows(config: PreTrainedConfig) -> list[tuple[int, int | None]] | None:

@@ -20,6 +20,7 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gadfly.disk_refusals import refusal_in
+from gadfly.distributed.growth import growth_as_progress
 from gadfly.distributed.processes import Processes
 from gadfly.errors import CheckpointError, RunFolderError
 from gadfly.late_files import await_files, sizes
@@ -73,7 +74,7 @@ def save_checkpoint(
             beside.mkdir(parents=True)
 
     def fill() -> dict[str, int]:
-        with _explain_refusals(place):
+        with _explain_refusals(place), growth_as_progress(beside, processes):
             return sizes(beside, write(beside))
 
     def finish(parts: list[dict[str, int]]) -> Checkpoint:

@@ -77,6 +77,11 @@ class SharedBase:
         """The same without the map to logits; the saved adapter may be one of a role that writes."""
         return self._role(self._model.base_model, source)
 
+    def has_adapter(self, folder: str | Path) -> bool:
+        """Whether a saved adapter is of the rank and alpha of this one's."""
+        config = parse_object((Path(folder) / _CONFIG_FILE).read_bytes())
+        return (config.get("r"), config.get("lora_alpha")) == (self._rank, self._alpha)
+
     def _role(self, model: nn.Module, source: str | Path) -> PreTrainedModel:
         # A copy of everything but the weights.
         role = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})

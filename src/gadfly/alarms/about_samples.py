@@ -7,6 +7,9 @@ from gadfly.alarms.alarm import Finding
 from gadfly.alarms.bands import change_band, mean_band
 from gadfly.alarms.history import History, Series
 
+# Nats a token to where the stage began.
+_AWAY = 1.0
+
 # What is a fifth above its start has grown, noise of these five steps allowed for.
 _GROWN = 1.2
 
@@ -110,14 +113,23 @@ def repetition(history: History) -> Finding | None:
 
 def drift(history: History) -> Finding | None:
     """The student is far from where the stage began, by the bands of the last steps."""
-    last = history["student/kl_nats"].last(history.window // 2)
-    if len(last) == history.window // 2 and (band := mean_band(last.values)).is_above(1.0):
+    kl = history["student/kl_nats"]
+    last = kl.last(history.window // 2)
+    if len(last) == history.window // 2 and (band := mean_band(last.values)).is_above(_AWAY):
         return Finding(
             f"KL to the student after warmup {band.value:.2f} nats a token over {len(last)} steps "
             f"(band from {band.low:.2f})",
-            last.steps[0],
+            _left_at(kl, last.steps[0]),
         )
     return None
+
+
+def _left_at(kl: Series, first: int) -> int:
+    """The step that took the student half the way to what was seen from step `first` on: of the KL of a step
+    it is the update before that has made it so.
+    """
+    near = [step for step, value in zip(kl.steps, kl.values, strict=True) if value < _AWAY / 2]
+    return min(first, max((step for step in near if step <= first), default=first))
 
 
 def no_signal(history: History) -> Finding | None:

@@ -205,6 +205,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _servers_serve_one_model(self) -> "Recipe":
+        other = self.discriminator.model not in (None, self.student.model)
+        if self.sampling.servers and self.discriminator.lm_steps > 0 and other:
+            raise ValueError(
+                f"sampling.servers: they serve the student's model, while discriminator.lm_steps = "
+                f"{self.discriminator.lm_steps} trains and samples {self.discriminator.model!r}; set "
+                f"discriminator.lm_steps = 0, or leave sampling.servers out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tokens_need_one_tokenizer(self) -> "Recipe":
         other = self.discriminator.model not in (None, self.student.model)
         if self.discriminator.reads == "tokens" and other:

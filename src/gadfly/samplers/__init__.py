@@ -3,6 +3,7 @@
 from gadfly.samplers.canary import Canary, StudentLogprobs
 from gadfly.samplers.dealt import DealtSampler
 from gadfly.samplers.decoding_copy import packing_dtype
+from gadfly.samplers.deferred import DeferredSampler
 from gadfly.samplers.local import LocalSampler
 from gadfly.samplers.sampler import Request, Sample, Sampler, requests_for
 from gadfly.samplers.vllm import VllmSampler, suits_vllm
@@ -11,6 +12,7 @@ from gadfly.samplers.vllm_servers import VllmServers
 __all__ = [
     "Canary",
     "DealtSampler",
+    "DeferredSampler",
     "LocalSampler",
     "Request",
     "Sample",

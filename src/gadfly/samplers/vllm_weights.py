@@ -7,6 +7,7 @@ for want of GPUs: what is tested of it is what each server is sent over HTTP.
 import importlib
 import importlib.util
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -59,6 +60,9 @@ class FolderHandOver:
 
     def __init__(self, folder: Path):
         self._folder = folder.absolute()
+        # Of a process that was killed amid a hand-over.
+        for left in self._folder.glob("weights-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def send(self, servers: Sequence[Server], weights: Weights) -> None:
         """Write the weights, and have the servers read them.

@@ -15,7 +15,6 @@ from gadfly.logprobs import Logprobs
 from gadfly.lora import SharedBase
 from gadfly.replay import Replay
 from gadfly.samplers import Sample
-from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.discriminator_step import RECENT_STEPS, DiscriminatorTrainer, UpdateSchedule
 from gadfly.stages.evaluation import Evaluation, frozen_probe
 from gadfly.stages.examples import Batches, Example, check_context, training_examples
@@ -146,7 +145,7 @@ class Adversaries:
 
         return write
 
-    def _evaluation(self) -> Callable[[], tuple[Metrics, list[dict[str, Any]]]] | None:
+    def _evaluation(self) -> Evaluation | None:
         if not self.valid:
             return None
         recipe = self.run.recipe

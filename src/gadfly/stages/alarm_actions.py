@@ -103,8 +103,8 @@ class StageAlarms:
         """Whether the stage leaves this step behind, so that no checkpoint of it is to be kept."""
         return self._wanted is not None and self._wanted.action == "roll_back"
 
-    def act(self, before: Callable[[], None]) -> None:
-        """Leave the stage if an alarm asks for that, after `before`.
+    def act(self, before: Callable[[], None], seconds: float) -> None:
+        """Leave the stage, after so many seconds of it, if an alarm asks for that; first do `before`.
 
         Raises:
             Stopped: the recipe wants it to stop.
@@ -115,7 +115,7 @@ class StageAlarms:
         before()
         alarm = self._wanted.alarm
         if self._wanted.action == "roll_back":
-            self._go_back(alarm, self._wanted.changes)
+            self._go_back(alarm, self._wanted.changes, seconds)
         kept = f"The checkpoint of step {alarm.step} is kept; with" if alarm.step else "With"
         raise Stopped(
             f"{_describe(self._stage, alarm, 'stop')} {kept} "
@@ -123,8 +123,8 @@ class StageAlarms:
             alarm.name,
         )
 
-    def answer(self, error: AlarmError, step: int) -> None:
-        """Note an alarm that came as an error, amid a step.
+    def answer(self, error: AlarmError, step: int, seconds: float) -> None:
+        """Note an alarm that came as an error, amid a step, after so many seconds of the stage.
 
         Raises:
             GoBack: the recipe wants it, and there is a remedy.
@@ -141,7 +141,7 @@ class StageAlarms:
             own.append_rows("alarms.jsonl", [_row(self._stage, alarm, action)])
         if action == "roll_back":
             logger.warning("%s", _describe(self._stage, alarm, action))
-            self._go_back(alarm, wanted.changes)
+            self._go_back(alarm, wanted.changes, seconds)
 
     def _look(self, row: Mapping[str, Any]) -> tuple[list[Alarm], list[Alarm]]:
         self._history.add(row)
@@ -158,8 +158,8 @@ class StageAlarms:
         # Without a change the same would happen again.
         return _Wanted(alarm, "stop" if action == "roll_back" and not changes else action, changes)
 
-    def _go_back(self, alarm: Alarm, changes: Mapping[str, float]) -> None:
-        step = note_remedy(self._run, self._stage, alarm, changes)
+    def _go_back(self, alarm: Alarm, changes: Mapping[str, float], seconds: float) -> None:
+        step = note_remedy(self._run, self._stage, alarm, changes, seconds)
         logger.warning("%s: going back to step %d", self._stage, step)
         raise GoBack
 

@@ -43,6 +43,11 @@ class Evaluation:
     discriminator: DiscriminatorRole | None = None
     held_out: HeldOut | None = None
 
+    @property
+    def num_prompts(self) -> int:
+        """Of the held-out prompts, those that are not too long."""
+        return len(self.examples)
+
     def __call__(self) -> tuple[Metrics, list[dict[str, Any]]]:
         """Metrics, and a few answers as rows for `samples.jsonl`."""
         groups, _ = sample_groups(

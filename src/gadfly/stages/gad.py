@@ -34,7 +34,7 @@ from gadfly.stages.diagnostics import (
     rollout_metrics,
     student_scores,
 )
-from gadfly.stages.remedies import reopened
+from gadfly.stages.remedies import GoBack, RemediedRun, forget_remedies_after, reopened
 from gadfly.stages.rewards import Rewards
 from gadfly.stages.run import Run
 
@@ -120,6 +120,9 @@ def _open(run: Run) -> Adversaries | None:
             {**run.folder.read_json("gad/stage.json"), "began_at": str(start.path.resolve())},
         )
     went_back = run.processes.once("gad.start_from", lambda: _go_back(run.alone()))
+    if went_back and isinstance(run, RemediedRun):
+        # It has remedies that are noted no more.
+        raise GoBack
     if not (went_back or left):
         return None
     return open_adversaries(
@@ -170,6 +173,7 @@ def _go_back(run: Run) -> bool:
         kept = ", ".join(map(str, checkpoint_steps(stage))) or "none"
         raise CheckpointError(f"gad.start_from = {step}: no such checkpoint in {stage}; kept steps: {kept}")
     drop_checkpoints_after(stage, step)
+    forget_remedies_after(run.folder, "gad", step)
     run.folder.forget("gad")
     run.folder.write_json("gad/stage.json", {**begun, "done": False, "went_back_to": step})
     return True

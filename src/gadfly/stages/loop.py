@@ -12,7 +12,7 @@ dropped, since it will write the same ones again.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from gadfly.alarms import Circumstances
@@ -29,6 +29,8 @@ from gadfly.errors import AlarmError
 from gadfly.stage_settings import differences
 from gadfly.stages.alarm_actions import StageAlarms, Stopped, way_on
 from gadfly.stages.diagnostics import Metrics
+from gadfly.stages.evaluation import Evaluation
+from gadfly.stages.remedies import lost_seconds
 from gadfly.stages.run import Run, environment
 from gadfly.stages.saving import CheckpointWriter, Engines, Snapshot
 from gadfly.stages.stage_start import tell_begun, tell_resumed
@@ -48,7 +50,7 @@ class TrainingLoop:
         training: Training,
         engines: Engines,
         snapshot: Snapshot,
-        evaluate: Callable[[], tuple[Metrics, list[dict[str, Any]]]] | None,
+        evaluate: Evaluation | None,
         resumed_from: Checkpoint | None,
     ):
         self.total_steps = total_steps
@@ -68,7 +70,7 @@ class TrainingLoop:
         )
         self._evaluate = evaluate
         self._movements = {role: Movement(engine.model) for role, engine in engines.items()}
-        self._alarms = StageAlarms(run, stage, _circumstances(run, training, engines))
+        self._alarms = StageAlarms(run, stage, _circumstances(run, training, engines, evaluate))
         facts = resumed_from.facts if resumed_from else {}
         self._best: list[float] | None = facts.get("best")
         self._seconds_before = float(facts.get("seconds", 0.0))
@@ -148,10 +150,10 @@ class TrainingLoop:
 
     def answer(self, error: AlarmError) -> None:
         """Do what the recipe wants about an alarm that came as an error amid the step."""
-        self._alarms.answer(error, self.step)
+        self._alarms.answer(error, self.step, self.seconds)
 
     def _act_on_alarms(self) -> None:
-        self._alarms.act(before=self.finish)
+        self._alarms.act(before=self.finish, seconds=self.seconds)
 
     def _still_fractions(self, metrics: Metrics) -> Metrics:
         """Of each model that took a step, the share of its trained tensors that did not move."""
@@ -236,7 +238,7 @@ def training_loop(
     training: Training,
     engines: Engines,
     snapshot: Snapshot,
-    evaluate: Callable[[], tuple[Metrics, list[dict[str, Any]]]] | None,
+    evaluate: Evaluation | None,
     resumed_from: Checkpoint | None,
 ) -> Iterator[TrainingLoop]:
     """The loop of a stage; marks the stage as done when its steps are.
@@ -248,7 +250,7 @@ def training_loop(
         training: how often to save and evaluate.
         engines: by role, whose optimisers go into the checkpoints.
         snapshot: the models as they are now, as a function that fills a checkpoint folder with them.
-        evaluate: metrics and sample rows on held-out prompts; None without held-out prompts.
+        evaluate: on held-out prompts; None without any.
         resumed_from: where an earlier start got to.
 
     Raises:
@@ -266,7 +268,7 @@ def training_loop(
     if resumed_from:
         tell_resumed(stage, resumed_from.step, total_steps, differences(made_by, now))
     else:
-        tell_begun(stage, total_steps, training, _circumstances(run, training, engines).held_out)
+        tell_begun(stage, total_steps, training, evaluate.num_prompts if evaluate else 0)
     try:
         yield loop
         loop.finish()
@@ -281,15 +283,19 @@ def training_loop(
             f"The same command goes on from there{way_on(run, stage, alarm)}",
             alarm.alarm,
         ) from alarm
-    run.folder.finish(stage, steps=total_steps, seconds=round(loop.seconds, 3))
+    lost = lost_seconds(run, stage)
+    taken_back = {"lost_seconds": round(lost, 3)} if lost else {}
+    run.folder.finish(stage, steps=total_steps, seconds=round(loop.seconds, 3), **taken_back)
 
 
-def _circumstances(run: Run, training: Training, engines: Engines) -> Circumstances:
+def _circumstances(
+    run: Run, training: Training, engines: Engines, evaluate: Evaluation | None
+) -> Circumstances:
     """What an alarm has to know of a stage."""
     types = {run.recipe.student.dtype, *(engine.precision for engine in engines.values())}
     return Circumstances(
         window=run.recipe.alarms.window,
         group_size=getattr(training, "group_size", 0),
-        held_out=min(run.recipe.evaluation.prompts, len(run.data.valid)),
+        held_out=evaluate.num_prompts if evaluate else 0,
         is_half="bfloat16" in types,
     )

@@ -13,8 +13,9 @@ from typing import Any
 
 from gadfly.alarms import Alarm
 from gadfly.alarms.advice import RATES
-from gadfly.checkpoint import checkpoint_steps, drop_checkpoints_after
+from gadfly.checkpoint import checkpoint_steps, drop_checkpoints_after, latest_checkpoint
 from gadfly.config import Recipe
+from gadfly.run_folder import RunFolder
 from gadfly.stages.run import Run
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,9 @@ def reopened(stage: str) -> Callable[[Callable[[Run], None]], Callable[[Run], No
                     return work(_remedied(run, stage))
                 except GoBack:
                     pass
-                # The models that were open are many, and refer to each other.
-                gc.collect()
+                finally:
+                    # The models that were open are many, and refer to each other.
+                    gc.collect()
 
         return working
 
@@ -83,18 +85,33 @@ def remedy_for(run: Run, stage: str, alarm: Alarm) -> dict[str, float]:
     return changes
 
 
-def note_remedy(run: Run, stage: str, alarm: Alarm, changes: Mapping[str, float]) -> int:
-    """Note that a stage goes back, and to which step: the newest checkpoint from before the fault, or 0."""
+def note_remedy(run: Run, stage: str, alarm: Alarm, changes: Mapping[str, float], seconds: float) -> int:
+    """Note that a stage goes back, and to which step: the newest checkpoint from before the fault, or 0.
+
+    `seconds` is what the stage has taken up to now.
+    """
 
     def note() -> int:
         own = run.alone().folder
         good = [step for step in checkpoint_steps(own.stage(stage)) if step < alarm.since]
         record = {key: value for key, value in asdict(alarm).items() if key not in ("remedy", "title")}
         row = {"stage": stage, **record, "back_to": max(good, default=0), "changes": dict(changes)}
+        row["time/seconds"] = round(seconds, 3)
         own.append_rows(f"{stage}/remedies.jsonl", [{**row, "is_done": False}])
         return max(good, default=0)
 
     return run.processes.once("the way back", note)
+
+
+def forget_remedies_after(folder: RunFolder, stage: str, step: int) -> None:
+    """Of a stage taken back by hand, drop what it went back for later on; all of it if it begins anew."""
+    folder.keep_rows(f"{stage}/remedies.jsonl", lambda row: 0 < step >= row["back_to"])
+
+
+def lost_seconds(run: Run, stage: str) -> float:
+    """Wall time of a stage that went into what it took back."""
+    rows = run.folder.rows(f"{stage}/remedies.jsonl")
+    return sum((float(row.get("time/lost_seconds", 0.0)) for row in rows), start=0.0)
 
 
 def _remedied(run: Run, stage: str) -> Run:
@@ -107,9 +124,14 @@ def _remedied(run: Run, stage: str) -> Run:
 
         def go_back() -> None:
             drop_checkpoints_after(run.folder.stage(stage), last["back_to"])
-            run.alone().folder.write_rows(f"{stage}/remedies.jsonl", [*rows[:-1], {**last, "is_done": True}])
+            kept = latest_checkpoint(run.folder.stage(stage))
+            at_checkpoint = kept.facts.get("seconds", 0.0) if kept else 0.0
+            lost = {"time/lost_seconds": round(last.get("time/seconds", 0.0) - at_checkpoint, 3)}
+            run.alone().folder.write_rows(
+                f"{stage}/remedies.jsonl", [*rows[:-1], {**last, **lost, "is_done": True}]
+            )
 
-        run.processes.once("the way back", go_back)
+        run.processes.once("the way back", go_back, is_patient=True)
     recipe = run.recipe
     for row in rows:
         recipe = _changed(recipe, row["changes"])

@@ -25,13 +25,13 @@ from gadfly.discriminator import (
 from gadfly.engine import Engine, Precision, faster_precision, frozen_weights
 from gadfly.groups import Group, reread, retokenised
 from gadfly.logprobs import LogprobReader, Logprobs, has_plain_head
-from gadfly.lora import SharedBase
+from gadfly.lora import SharedBase, adapted_model
 from gadfly.models import (
     default_device,
     load_language_model,
     save_language_model,
 )
-from gadfly.samplers import Sampler
+from gadfly.samplers import DeferredSampler, Sampler
 from gadfly.stages.examples import Example
 from gadfly.stages.run import Run
 from gadfly.stages.sampler_choice import open_sampler
@@ -56,7 +56,7 @@ class StudentRole(Writer):
     engine: Engine[Logprobs]
 
     def step(self, learning_rate: float) -> None:
-        """Update the weights once with the gradients, and hand them to the sampler."""
+        """Update the weights once with the gradients; the sampler gets them when it is next asked."""
         self.engine.step(learning_rate)
         self.sampler.update(self.engine.weights())
 
@@ -108,6 +108,17 @@ def open_shared_base(recipe: Recipe) -> SharedBase | None:
     return SharedBase(model, renderer, student.model, rank=student.lora_rank, alpha=alpha, seed=recipe.seed)
 
 
+def open_base_of(recipe: Recipe, source: str | Path) -> SharedBase | None:
+    """What a saved adapter of the recipe is read on, over weights in half precision: added to those, its
+    small steps would be rounded away. None for anything else, which is opened as one whole.
+    """
+    is_half, is_saved = recipe.student.dtype == "bfloat16", Path(source).is_dir()
+    if not (is_half and is_saved) or adapted_model(str(source)) != recipe.student.model:
+        return None
+    shared = open_shared_base(recipe)
+    return shared if shared is not None and shared.has_adapter(source) else None
+
+
 def open_student(
     run: Run,
     source: str | Path,
@@ -133,7 +144,9 @@ def open_student(
         # One unsharded process: the sampler may share the student's tensors, and its update costs nothing.
         return model if run.processes.size == 1 else _language_model(run, source, shared)[0]
 
-    sampler = open_sampler(run, str(source), engine, renderer, inference_copy, is_half=_is_half(run))
+    sampler = DeferredSampler(
+        open_sampler(run, str(source), engine, renderer, inference_copy, is_half=_is_half(run))
+    )
     if run.recipe.sampling.servers:
         # Whatever weights they were started with.
         sampler.update(engine.weights())
@@ -143,7 +156,7 @@ def open_student(
 def open_writer(run: Run, source: str | Path) -> Writer:
     """A model that only answers, whole in every process."""
     _set_threads(run.recipe)
-    model, renderer = load_language_model(str(source), run.recipe.student.dtype)
+    model, renderer = _language_model(run, source, open_base_of(run.recipe, source))
     engine = Engine(model, LogprobReader(), micro_batch_tokens=run.recipe.engine.micro_batch_tokens)
     is_half = run.recipe.student.dtype == "bfloat16"
     sampler = open_sampler(run, str(source), engine, renderer, lambda: model, is_half=is_half)

@@ -115,8 +115,15 @@ class Run:
         """The checkpoint folder that gad begins, or began, from in the place of warmup's end."""
         if self.recipe.gad.starts_elsewhere:
             return str(self.recipe.gad.start_from)
-        noted: str | None = self.folder.read_json("gad/stage.json").get("began_at")
-        return noted if any(self.folder.stage("gad").glob("step-*")) else None
+        begun = self.folder.read_json("gad/stage.json")
+        noted: str | None = begun.get("began_at")
+        # Without any of these nothing was trained: a slip in the recipe may still be put right.
+        has_trained = (
+            any(self.folder.stage("gad").glob("step-*"))
+            or "went_back_to" in begun
+            or bool(self.folder.rows("gad/remedies.jsonl"))
+        )
+        return noted if has_trained else None
 
     def stage_settings(self, *sections: str) -> dict[str, Any]:
         """What decides a stage's result: the seed, the sections named, and the content of the data."""

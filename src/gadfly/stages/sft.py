@@ -53,7 +53,8 @@ def seqkd_equal_time(run: Run) -> None:
     if not plan:
         stages = run.folder.read_json("summary.json")["stages"]
         arms = [name for name in ("discriminator-lm", *needed[1:]) if name in stages]
-        seconds = sum(stages[name]["seconds"] for name in arms)
+        # What was taken back took its time too.
+        seconds = sum(stages[name]["seconds"] + stages[name].get("lost_seconds", 0.0) for name in arms)
         done, taken = stages["seqkd"]["steps"], stages["seqkd"]["seconds"]
         # What it takes to open and to close a stage, this one takes too.
         steps = done + round((seconds - taken) / _pace(run.folder.rows("metrics.jsonl"), taken))

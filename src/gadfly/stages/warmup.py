@@ -10,7 +10,7 @@ Source: arXiv 2511.10643, Algorithm 1 and appendix A.2.
 
 from dataclasses import dataclass
 
-from gadfly.checkpoint import latest_checkpoint
+from gadfly.checkpoint import checkpoint_steps, latest_checkpoint
 from gadfly.config import WarmupConfig
 from gadfly.engine import scheduled_learning_rate
 from gadfly.objectives import sft_objective
@@ -67,14 +67,15 @@ class Plan:
 def warmup(run: Run) -> None:
     """Train student and discriminator up to where the adversarial game can start."""
     recipe, settings = run.recipe, run.recipe.warmup
+    if not run.folder.begin("warmup", run.stage_settings("discriminator", "warmup")):
+        return
     base = None
-    if recipe.discriminator.lm_steps > 0:
+    # A checkpoint has a discriminator that began from it.
+    if recipe.discriminator.lm_steps > 0 and not checkpoint_steps(run.folder.stage("warmup")):
         discriminator_lm(run)
         learned = latest_checkpoint(run.folder.stage("discriminator-lm"), run.processes)
         assert learned is not None, "a finished stage has a checkpoint"
         base = learned.path / "student"
-    if not run.folder.begin("warmup", run.stage_settings("discriminator", "warmup")):
-        return
     players = open_adversaries(
         run,
         "warmup",

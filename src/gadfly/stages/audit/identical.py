@@ -11,6 +11,7 @@ from gadfly.discriminator import Scores, load_discriminator, new_discriminator, 
 from gadfly.engine import Engine
 from gadfly.groups import Branch, Group, reread, teacher_group
 from gadfly.records import Row, TeacherResponse
+from gadfly.stages.roles import open_base_of
 from gadfly.stages.run import Run
 
 _TEXTS = 8
@@ -61,7 +62,9 @@ def score_twice(
         name = recipe.discriminator.model or recipe.student.model
         model, own_renderer = new_discriminator(name, recipe.student.dtype, recipe.seed)
     else:
-        model, own_renderer = load_discriminator(checkpoint / "discriminator", recipe.student.dtype)
+        saved = checkpoint / "discriminator"
+        base = open_base_of(recipe, saved)
+        model, own_renderer = load_discriminator(saved, recipe.student.dtype, base)
     groups, of = _twins(renderer, rows[:_TEXTS], samples[:_TEXTS], recipe.sampling.max_response_tokens)
     if recipe.discriminator.reads == "text":
         groups = reread(groups, of, own_renderer)
