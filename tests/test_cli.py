@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gadfly
+from gadfly.recipe_file import load_recipe
+from gadfly.stages.run import open_run
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 COMMANDS = (
@@ -112,9 +114,17 @@ def test_help_and_mistakes_are_quick(tmp_path: Path) -> None:
     assert not imported("gad", path) & heavy
 
 
-def test_the_report_needs_no_torch(recipe_file: Path) -> None:
-    found = imported("report", recipe_file)
-    assert (recipe_file.parent / "runs" / "tiny" / "report.html").exists()
+def test_the_report_needs_no_torch_and_comes_while_the_run_goes_on(recipe_file: Path) -> None:
+    refused = run_gadfly("report", recipe_file)
+    assert refused.returncode == 2
+    assert "no run has begun there" in refused.stderr
+    folder = recipe_file.parent / "runs" / "tiny"
+    assert not folder.exists()
+    with open_run(load_recipe(recipe_file)):
+        begun = (folder / "config.json").read_bytes()
+        found = imported("report", recipe_file, "seed=5")
+        assert (folder / "config.json").read_bytes() == begun, "the run's, whatever the report is told"
+    assert (folder / "report.html").exists()
     assert "matplotlib" in found
     assert not found & {"torch", "transformers"}
 
@@ -137,7 +147,7 @@ def test_each_mistake_of_a_recipe_is_a_line(tmp_path: Path) -> None:
     ("stage", "override", "message"),
     [
         ("gad", "seed=0", "gad needs a discriminator: "),
-        ("seqkd", "data.train=none.jsonl", "'none.jsonl': no such file; "),
+        ("seqkd", "data.train=none.jsonl", "none.jsonl': no such file; "),
         ("seqkd", "student.model=none", "model 'none' cannot be opened: "),
         ("seqkd", "run_folder=recipe.toml/run", "run_folder = "),
     ],

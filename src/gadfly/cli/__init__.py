@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import typer
 
 import gadfly
-from gadfly.cli.opening import do, do_by_ray, open_recipe
+from gadfly.cli.opening import do, do_by_ray, open_recipe, report_beside
 from gadfly.console import show_logs
 from gadfly.errors import GadflyError, UserError
 from gadfly.visible_text import visible
@@ -112,8 +112,8 @@ _stage_command("judge", "What a judge makes of the generations; by default a cla
 
 @app.command()
 def report(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """One HTML file with curves, samples and figures of what is there so far."""
-    _say(f"report: {do('report', recipe, overrides) / 'report.html'}")
+    """One HTML file with curves, samples and figures of what is there so far, at any moment of a run."""
+    _say(f"report: {report_beside(recipe, overrides) / 'report.html'}")
 
 
 @app.command()

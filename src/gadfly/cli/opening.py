@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gadfly.errors import RanksError
+from gadfly.errors import RanksError, RunFolderError
 
 
 def do(name: str, recipe_path: Path, overrides: list[str] | None, allows_code: bool | None = None) -> Path:
@@ -25,6 +25,27 @@ def do(name: str, recipe_path: Path, overrides: list[str] | None, allows_code: b
         _stage(name)(opened)
         path: Path = opened.folder.path
         return path
+
+
+def report_beside(recipe_path: Path, overrides: list[str] | None) -> Path:
+    """Write the report of a run that may be going on, whose folder is left as it is otherwise, and return it.
+
+    Raises:
+        RunFolderError: there is no such run folder yet.
+    """
+    from gadfly.recipe_file import load_recipe  # noqa: PLC0415  `--help` needs no pydantic
+    from gadfly.run_folder import RunFolder  # noqa: PLC0415
+    from gadfly.stages.report import Reported, report  # noqa: PLC0415
+
+    loaded = load_recipe(recipe_path, overrides or [])
+    assert loaded.run_folder is not None, "load_recipe fills it in"
+    folder = RunFolder(loaded.run_folder)
+    if not {"name", "student"} <= folder.read_json("config.json").keys():
+        raise RunFolderError(
+            f"run_folder = {folder.path}: no run has begun there, so there is nothing to report"
+        )
+    report(Reported(loaded, folder))
+    return folder.path
 
 
 def do_by_ray(recipe_path: Path, overrides: list[str] | None, num_workers: int, allows_code: bool) -> Path:

@@ -15,7 +15,7 @@ from gadfly.checkpoint import Checkpoint, latest_checkpoint
 from gadfly.data.dataset import load_rows
 from gadfly.errors import AlarmError, CheckpointError
 from gadfly.records import Row
-from gadfly.stages.audit.estimate import Pace, estimate, size_findings
+from gadfly.stages.audit.estimate import OF_THE_DISK, Pace, estimate, size_findings
 from gadfly.stages.audit.looking import look
 from gadfly.stages.run import Run
 
@@ -60,10 +60,12 @@ def _audit(run: Run, stage: str, checkpoint: Checkpoint | None) -> None:
         found = look(run, stage, sets, _folder(checkpoint), is_trained=_is_trained(run, checkpoint))
         found["settings"] = settings
     # Each time: it hangs on settings that what was looked at does not, and on the disk as it is now.
-    found["estimate"] = estimate(run, Pace(**found["pace"]))
-    findings = [finding for finding in found["findings"] if finding["name"] != "does-not-fit"]
-    found["findings"] = findings + [finding.as_record() for finding in size_findings(found["estimate"])]
-    run.folder.write_json(AUDIT_FILE, {**run.folder.read_json(AUDIT_FILE), stage: found})
+    estimated, before = estimate(run, Pace(**found["pace"])), found
+    looked_at = [finding for finding in found["findings"] if finding["name"] != "does-not-fit"]
+    fits = [finding.as_record() for finding in size_findings(estimated)]
+    found = {**found, "estimate": estimated, "findings": [*looked_at, *fits]}
+    if not is_done or _but_for_the_disk(found) != _but_for_the_disk(before):
+        run.folder.write_json(AUDIT_FILE, {**run.folder.read_json(AUDIT_FILE), stage: found})
     if is_done:
         logger.info("%s: done already", stage)
     else:
@@ -78,6 +80,12 @@ def _audit(run: Run, stage: str, checkpoint: Checkpoint | None) -> None:
             f"{stage}: {'; '.join(stopping)}: no training mends that. {run.folder.path / AUDIT_FILE} says "
             f"what to do; to go on nonetheless, name the findings in audit.allow."
         )
+
+
+def _but_for_the_disk(found: dict[str, Any]) -> dict[str, Any]:
+    """Which is another at every look, and no reason to write."""
+    estimated = {key: value for key, value in found["estimate"].items() if key not in OF_THE_DISK}
+    return {**found, "estimate": estimated}
 
 
 def _settings(run: Run, sets: dict[str, tuple[Row, ...]], checkpoint: Checkpoint | None) -> dict[str, Any]:

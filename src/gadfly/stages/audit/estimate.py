@@ -37,6 +37,10 @@ class Pace:
     student_tokens: float
 
 
+OF_THE_DISK = ("free_disk_bytes", "written_bytes")
+"""What the estimate says of the disk as it is: its free room, and what checkpoints of the run take."""
+
+
 def estimate(run: Run, pace: Pace) -> dict[str, Any]:
     """Bytes a process and seconds, as `audit.json` holds them; no bytes where a model's config tells none."""
     size, num_rows = _num_processes(), len(run.data.train)
@@ -70,8 +74,7 @@ def estimate(run: Run, pace: Pace) -> dict[str, Any]:
         "memory_bytes": round(memory),
         "checkpoint_bytes": round(checkpoint_bytes(work)),
         "disk_bytes": round(_disk_bytes(run.recipe, work)),
-        "free_disk_bytes": shutil.disk_usage(run.folder.path).free,
-        "written_bytes": _written_bytes(run),
+        **dict(zip(OF_THE_DISK, (shutil.disk_usage(run.folder.path).free, _written_bytes(run)), strict=True)),
     }
 
 

@@ -3,6 +3,7 @@
 It reads the run folder and the recipe alone, at any moment of a run, and never loads torch.
 """
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from gadfly.config import Recipe
@@ -16,6 +17,14 @@ _NOTED = ("summary.json", "audit.json", "environment.json")
 @runtime_checkable
 class Reportable(Protocol):
     """What a report needs of an open run."""
+
+    recipe: Recipe
+    folder: RunFolder
+
+
+@dataclass
+class Reported:
+    """A run as far as a report needs it, which another process may have open."""
 
     recipe: Recipe
     folder: RunFolder
