@@ -101,8 +101,8 @@ def test_the_long_command_names_a_recipe_and_keys_that_exist(tmp_path: Path) -> 
     command = next(line for line in commands() if "recipes/smollm2-cpu.toml" in line)
     words = shlex.split(command)
     recipe = load_recipe(CHECKOUT / words[2], words[3:])
-    assert recipe.data.train == "train.jsonl"
-    assert recipe.data.test == {"own": "test.jsonl"}
+    assert recipe.data.train == str(Path.cwd() / "train.jsonl")
+    assert recipe.data.test == {"own": str(Path.cwd() / "test.jsonl")}
 
 
 def test_prompts_and_a_teacher_stand_where_the_answers_would(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from gadfly.config import Recipe
 from gadfly.errors import RunFolderError
-from gadfly.run_folder import RunFolder, hash_file, write_text
+from gadfly.manifest import hash_file
+from gadfly.run_folder import RunFolder, write_text
 from gadfly.stage_settings import differences, stage_settings
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gadfly.errors import CheckpointError
-from gadfly.run_folder import hash_file, write_text
+from gadfly.run_folder import write_text
 from gadfly.stored_json import check_fields, parse_object
 
 MANIFEST = "manifest.json"
@@ -150,3 +150,12 @@ def _names_in(folder: Path) -> Iterator[str]:
             # All weights there are would be read, whatever their name.
             if name.endswith(".safetensors") or not _LEFT_BEHIND.fullmatch(name):
                 yield (Path(place) / name).relative_to(folder).as_posix()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -6,7 +6,6 @@ Rows are appended; the half row that a kill may leave is never read, and goes wi
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -295,12 +294,3 @@ def _drop_half_row(file: BinaryIO) -> None:
             file.write(b"\n")
         else:
             file.truncate(end)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,26 +1,23 @@
 """Many questions to one API: so many in flight at once, each answer kept as it comes, ended in good order."""
 
 import asyncio
-import datetime
 import logging
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeVar
 
-from gadfly.api.chat_answer import ChatAnswer, RequestFailed
+from gadfly.api.chat_answer import RequestFailed
 from gadfly.api.chat_api import ChatApi, NotAsked
 from gadfly.api.chat_request import Question
-from gadfly.api.paid_answers import PaidAnswers, charged_to
+from gadfly.api.paid_answers import PaidAnswers, charged_to, rejected_row, row_of
 from gadfly.api.spending import BudgetSpent, Spending, spell_dollars
 from gadfly.config import ApiConfig
-from gadfly.data.marks import mark_of
 from gadfly.errors import ApiError, GadflyError, UserError
-from gadfly.run_folder import Record
 
 logger = logging.getLogger(__name__)
 
@@ -237,40 +234,6 @@ class _Asking:
     def _stop(self, failure: GadflyError) -> None:
         self._outcome.stopped_by = self._outcome.stopped_by or failure
         self._api.stop()
-
-
-def row_of(question: Question, answer: ChatAnswer, author: str) -> Record:
-    """A line of the file of answers: the question's own fields, and everything the server said.
-
-    Args:
-        question: what was asked.
-        answer: what came back.
-        author: the field that names the model as the server named it: `teacher` or `judge`.
-    """
-    request = question.request
-    charged = (answer.usage or request.token_bound) + answer.lost
-    return {
-        "key": request.key,
-        **question.about,
-        "response": answer.text or answer.refusal or "",
-        "finish_reason": answer.finish_reason,
-        "mark": mark_of(answer.text, answer.finish_reason, answer.refusal),
-        author: answer.model,
-        "asked_model": request.model,
-        "parameters": dict(request.parameters),
-        "sample_index": request.sample_index,
-        "usage": asdict(answer.usage) if answer.usage else None,
-        "charged": asdict(charged),
-        "request_id": answer.request_id,
-        "attempts": answer.attempts,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def rejected_row(question: Question, detail: str) -> Record:
-    """A line of the file of answers for a question that the server turns down for good."""
-    about = {"key": question.request.key, **question.about, "response": "", "mark": "rejected"}
-    return {**about, "detail": detail, "sample_index": question.request.sample_index}
 
 
 class _Progress:

@@ -16,8 +16,6 @@ from gadfly.api.asking import (
     Outcome,
     ended,
     has_good_answer,
-    rejected_row,
-    row_of,
     run_stoppable,
     spent_before,
 )
@@ -27,7 +25,7 @@ from gadfly.api.batch_rows import BatchRows
 from gadfly.api.chat_answer import ChatAnswer, RequestFailed
 from gadfly.api.chat_api import ChatApi
 from gadfly.api.chat_request import Question
-from gadfly.api.paid_answers import PaidAnswers
+from gadfly.api.paid_answers import PaidAnswers, rejected_row, row_of
 from gadfly.api.spending import spell_dollars
 from gadfly.config import TeacherConfig
 from gadfly.errors import GadflyError

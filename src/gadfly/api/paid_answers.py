@@ -1,15 +1,19 @@
 """Answers that were paid for: each on disk before it counts, found again by its key, never asked twice."""
 
 import contextlib
+import datetime
 import errno
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from types import NoneType
 
+from gadfly.api.chat_answer import ChatAnswer
 from gadfly.api.chat_request import Question
 from gadfly.api.spending import Usage, is_count
+from gadfly.data.marks import mark_of
 from gadfly.errors import RunFolderError
 from gadfly.run_folder import Record, RunFolder
 from gadfly.stored_json import Kind, check_fields
@@ -125,3 +129,37 @@ def charged_to(row: Record) -> Usage:
 def _usage(counts: Record | None) -> Usage:
     prompt, completion = ((counts or {}).get(name) for name in ("prompt_tokens", "completion_tokens"))
     return Usage(prompt if is_count(prompt) else 0, completion if is_count(completion) else 0)
+
+
+def row_of(question: Question, answer: ChatAnswer, author: str) -> Record:
+    """A line of the file of answers: the question's own fields, and everything the server said.
+
+    Args:
+        question: what was asked.
+        answer: what came back.
+        author: the field that names the model as the server named it: `teacher` or `judge`.
+    """
+    request = question.request
+    charged = (answer.usage or request.token_bound) + answer.lost
+    return {
+        "key": request.key,
+        **question.about,
+        "response": answer.text or answer.refusal or "",
+        "finish_reason": answer.finish_reason,
+        "mark": mark_of(answer.text, answer.finish_reason, answer.refusal),
+        author: answer.model,
+        "asked_model": request.model,
+        "parameters": dict(request.parameters),
+        "sample_index": request.sample_index,
+        "usage": asdict(answer.usage) if answer.usage else None,
+        "charged": asdict(charged),
+        "request_id": answer.request_id,
+        "attempts": answer.attempts,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def rejected_row(question: Question, detail: str) -> Record:
+    """A line of the file of answers for a question that the server turns down for good."""
+    about = {"key": question.request.key, **question.about, "response": "", "mark": "rejected"}
+    return {**about, "detail": detail, "sample_index": question.request.sample_index}

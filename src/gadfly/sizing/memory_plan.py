@@ -26,10 +26,8 @@ _PACKED_FROM = 2**26
 # Drawing a token: single-precision log-softmax, and in double precision its exponential and their sums.
 _DRAW_BYTES = 4 + 8 + 8
 
-# Of a number in bfloat16, and of one in which gradients are summed over processes under autocast.
-_HALF, _SUM = 2, 4
-# Double precision is not packed.
-_SINGLE = 4
+# Of a number in half and in single precision, and of one in which processes sum gradients under autocast.
+_HALF, _SINGLE, _SUM = 2, 4, 4
 
 Phase = Literal["sampling", "discriminator's update", "student's update"]
 
@@ -265,6 +263,7 @@ def _copy_bytes(work: Workload, trained: int) -> float:
     if work.gpus == 1 and work.sampler == "local":
         is_half = work.is_autocast and work.weight_bytes > _HALF
         copied = work.student.copied_parameters * (_HALF if is_half else work.weight_bytes)
+        # Double precision is not packed.
         is_packed = not work.is_flex and work.weight_bytes <= _SINGLE and copied >= _PACKED_FROM
         return float(copied) if not work.lora_rank and (is_half or is_packed) else 0.0
     adapter = trained * ADAPTER_BYTES if work.lora_rank else 0

@@ -30,7 +30,7 @@ from gadfly.stage_settings import differences
 from gadfly.stages.alarm_actions import StageAlarms, Stopped, way_on
 from gadfly.stages.diagnostics import Metrics
 from gadfly.stages.evaluation import Evaluation
-from gadfly.stages.remedies import lost_seconds
+from gadfly.stages.remedies import taken_back
 from gadfly.stages.run import Run, environment
 from gadfly.stages.saving import CheckpointWriter, Engines, Snapshot
 from gadfly.stages.stage_start import tell_begun, tell_resumed
@@ -283,9 +283,7 @@ def training_loop(
             f"The same command goes on from there{way_on(run, stage, alarm)}",
             alarm.alarm,
         ) from alarm
-    lost = lost_seconds(run, stage)
-    taken_back = {"lost_seconds": round(lost, 3)} if lost else {}
-    run.folder.finish(stage, steps=total_steps, seconds=round(loop.seconds, 3), **taken_back)
+    run.folder.finish(stage, steps=total_steps, seconds=round(loop.seconds, 3), **taken_back(run, stage))
 
 
 def _circumstances(

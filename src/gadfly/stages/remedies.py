@@ -108,10 +108,10 @@ def forget_remedies_after(folder: RunFolder, stage: str, step: int) -> None:
     folder.keep_rows(f"{stage}/remedies.jsonl", lambda row: 0 < step >= row["back_to"])
 
 
-def lost_seconds(run: Run, stage: str) -> float:
-    """Wall time of a stage that went into what it took back."""
-    rows = run.folder.rows(f"{stage}/remedies.jsonl")
-    return sum((float(row.get("time/lost_seconds", 0.0)) for row in rows), start=0.0)
+def taken_back(run: Run, stage: str) -> dict[str, float]:
+    """The `lost_seconds` of a stage, wall time of what it took back; nothing where it took back nothing."""
+    lost = sum(row.get("time/lost_seconds", 0.0) for row in run.folder.rows(f"{stage}/remedies.jsonl"))
+    return {"lost_seconds": round(float(lost), 3)} if lost else {}
 
 
 def _remedied(run: Run, stage: str) -> Run:
