@@ -32,7 +32,7 @@ from gadfly.models import load_language_model
 from gadfly.recipe_file import load_recipe
 from gadfly.samplers import Canary, LocalSampler, Request, Sample, Sampler, VllmSampler, requests_for
 from gadfly.stages.gad import gad
-from gadfly.stages.roles import open_student
+from gadfly.stages.roles import open_student, open_writer
 from gadfly.stages.run import open_run
 from gadfly.stages.warmup import warmup
 
@@ -71,7 +71,7 @@ def asking(model: PreTrainedModel) -> Canary:
 def test_where_vllm_is_not_installed_auto_samples_locally(recipe_file: Path, tiny_model: Path) -> None:
     with open_run(load_recipe(recipe_file, [])) as run:
         assert run.recipe.sampling.backend == "auto"
-        assert isinstance(open_student(run, tiny_model, temperature=1.0).sampler, LocalSampler)
+        assert isinstance(open_writer(run, tiny_model).sampler, LocalSampler)
 
 
 @without_vllm
