@@ -130,7 +130,7 @@ def test_attention_of_its_own_is_told_once_a_kind_of_model(caplog: pytest.LogCap
     model.__class__ = type("Unheard", (type(model),), {})
     for _ in range(2):
         assert not open_attention(model)
-    assert caplog.text.count("Unheard: computes a prompt once an answer") == 1
+    assert caplog.text.count("Unheard: prompts are computed once an answer") == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -80,16 +80,14 @@ def open_attention(model: PreTrainedModel) -> bool:
         model.set_attn_implementation(_NAME)
         if not _attends_as_before(model):
             model.set_attn_implementation("sdpa")
-    is_open = takes_attention(model)
-    if not is_open:
-        _tell_rows(type(model).__name__)
-    return is_open
+            _tell_rows(type(model).__name__)
+    return takes_attention(model)
 
 
 @cache
 def _tell_rows(kind: str) -> None:
-    """Once for each kind of model."""
-    logger.info("%s: computes a prompt once an answer, in padded rows: its attention is its own", kind)
+    """Once for each kind of model: it goes by transformers' interface, and yet not only by that."""
+    logger.info("%s: prompts are computed once an answer, in padded rows, for its attention is its own", kind)
 
 
 def takes_attention(model: nn.Module) -> bool:
