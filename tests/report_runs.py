@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 from gadfly.config import Recipe
 from gadfly.run_folder import RunFolder
-from gadfly.stages.report import report
+from gadfly.stages.report import Reported, report
 from gadfly.stages.report.reading import read_evidence
 from gadfly.stages.report.remarks import remarks
 from gadfly.stages.report.remarks.remark import Remark
@@ -43,12 +42,8 @@ HELD_OUT: dict[str, Shape] = {
 }
 
 
-@dataclass
-class Opened:
-    """An open run, as far as the report looks."""
-
-    recipe: Recipe
-    folder: RunFolder
+class Opened(Reported):
+    """A run with questions to its report."""
 
     def page(self) -> str:
         report(self)

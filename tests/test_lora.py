@@ -386,7 +386,7 @@ def test_another_discriminator_model_is_refused_with_lora(recipe_file: Path) -> 
 
 
 def test_over_half_precision_what_writes_and_scores_has_the_adapter_that_was_trained(
-    recipe_file: Path, tiny_model: Path
+    recipe_file: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     # Steps this small are lost where they are added to weights in bfloat16.
     settings = [*LORA, "student.dtype=bfloat16", "warmup.learning_rate=1e-4", "warmup.max_steps=4"]
@@ -398,6 +398,11 @@ def test_over_half_precision_what_writes_and_scores_has_the_adapter_that_was_tra
         other = load_recipe(recipe_file, [*settings, "student.lora_rank=5"])
         assert open_base_of(other, end / "student") is None, "of another rank, it is opened as one whole"
         assert open_base_of(run.recipe, tiny_model) is None
+        damaged = tmp_path / "damaged"
+        shutil.copytree(end / "student", damaged)
+        (damaged / "adapter_config.json").write_text("{", encoding="utf-8")
+        with pytest.raises(UserError, match=r"damaged' cannot be opened"):
+            open_writer(run, damaged)
     ids = torch.arange(3, 20)[None]
     trained_one = shared_base(tiny_model, "bfloat16", rank=4, alpha=8).language_model(end / "student")
     logits = trained_one(input_ids=ids).logits

@@ -327,11 +327,16 @@ def test_a_folder_that_grows_is_progress_and_one_that_does_not_is_none(tmp_path:
         def progress(self, what: str) -> None:
             lines.append(what)
 
-    told = Told()
-    with growth_as_progress(tmp_path, told):
+    folder, beside = tmp_path / "checkpoint", tmp_path / "weights"
+    folder.mkdir()
+    with growth_as_progress(folder, Told()):
         for megabytes in (1, 2):
-            (tmp_path / "weights").write_bytes(bytes(megabytes * 10**6))
-            time.sleep(1.5)
+            # Whole at once, so that it is not seen half written.
+            beside.write_bytes(bytes(megabytes * 10**6))
+            os.replace(beside, folder / "weights")
+            deadline = time.monotonic() + 30
+            while len(lines) < megabytes and time.monotonic() < deadline:
+                time.sleep(0.1)
         time.sleep(2.5)
     assert lines == ["writing the checkpoint: 1 MB", "writing the checkpoint: 2 MB"]
 

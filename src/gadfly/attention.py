@@ -216,6 +216,7 @@ def _attention(
         name for name, given in kwargs.items() if given is not None
     }
     if more:
+        # `open_attention` asks before any training, and leaves such a model its own attention.
         raise NotImplementedError(f"{type(module).__name__}: attention with {', '.join(sorted(more))}")
     device = query.device.type
     parts = [part[0].transpose(0, 1) for part in (query, key, value)]

@@ -78,9 +78,14 @@ class SharedBase:
         return self._role(self._model.base_model, source)
 
     def has_adapter(self, folder: str | Path) -> bool:
-        """Whether a saved adapter is of the rank and alpha of this one's."""
-        config = parse_object((Path(folder) / _CONFIG_FILE).read_bytes())
-        return (config.get("r"), config.get("lora_alpha")) == (self._rank, self._alpha)
+        """Whether a folder holds an adapter of this model, rank and alpha."""
+        try:
+            config = parse_object((Path(folder) / _CONFIG_FILE).read_bytes())
+        except (OSError, ValueError):
+            # What opens the folder as it is says what is wrong with it.
+            return False
+        stored = tuple(config.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha"))
+        return stored == (self._name, self._rank, self._alpha)
 
     def _role(self, model: nn.Module, source: str | Path) -> PreTrainedModel:
         # A copy of everything but the weights.

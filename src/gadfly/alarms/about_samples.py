@@ -128,8 +128,8 @@ def _left_at(kl: Series, first: int) -> int:
     """The step that took the student half the way to what was seen from step `first` on: of the KL of a step
     it is the update before that has made it so.
     """
-    near = [step for step, value in zip(kl.steps, kl.values, strict=True) if value < _AWAY / 2]
-    return min(first, max((step for step in near if step <= first), default=first))
+    pairs = zip(kl.steps, kl.values, strict=True)
+    return max((step for step, value in pairs if step <= first and value < _AWAY / 2), default=first)
 
 
 def no_signal(history: History) -> Finding | None:

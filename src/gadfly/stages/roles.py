@@ -25,7 +25,7 @@ from gadfly.discriminator import (
 from gadfly.engine import Engine, Precision, faster_precision, frozen_weights
 from gadfly.groups import Group, reread, retokenised
 from gadfly.logprobs import LogprobReader, Logprobs, has_plain_head
-from gadfly.lora import SharedBase, adapted_model
+from gadfly.lora import SharedBase
 from gadfly.models import (
     default_device,
     load_language_model,
@@ -112,8 +112,7 @@ def open_base_of(recipe: Recipe, source: str | Path) -> SharedBase | None:
     """What a saved adapter of the recipe is read on, over weights in half precision: added to those, its
     small steps would be rounded away. None for anything else, which is opened as one whole.
     """
-    is_half, is_saved = recipe.student.dtype == "bfloat16", Path(source).is_dir()
-    if not (is_half and is_saved) or adapted_model(str(source)) != recipe.student.model:
+    if recipe.student.dtype != "bfloat16" or str(source) == recipe.student.model:
         return None
     shared = open_shared_base(recipe)
     return shared if shared is not None and shared.has_adapter(source) else None

@@ -70,8 +70,10 @@ def warmup(run: Run) -> None:
     if not run.folder.begin("warmup", run.stage_settings("discriminator", "warmup")):
         return
     base = None
-    # A checkpoint has a discriminator that began from it.
-    if recipe.discriminator.lm_steps > 0 and not checkpoint_steps(run.folder.stage("warmup")):
+    stage = run.folder.stage("warmup")
+    has_begun = bool(run.processes.once("the checkpoints of warmup", lambda: checkpoint_steps(stage)))
+    # A checkpoint has a discriminator that began from the language model.
+    if recipe.discriminator.lm_steps > 0 and not has_begun:
         discriminator_lm(run)
         learned = latest_checkpoint(run.folder.stage("discriminator-lm"), run.processes)
         assert learned is not None, "a finished stage has a checkpoint"

@@ -74,7 +74,8 @@ def estimate(run: Run, pace: Pace) -> dict[str, Any]:
         "memory_bytes": round(memory),
         "checkpoint_bytes": round(checkpoint_bytes(work)),
         "disk_bytes": round(_disk_bytes(run.recipe, work)),
-        **dict(zip(OF_THE_DISK, (shutil.disk_usage(run.folder.path).free, _written_bytes(run)), strict=True)),
+        "free_disk_bytes": shutil.disk_usage(run.folder.path).free,
+        "written_bytes": _written_bytes(run),
     }
 
 
