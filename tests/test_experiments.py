@@ -169,7 +169,12 @@ def test_every_readme_has_a_place_for_results(name: str) -> None:
 
 def test_pairs_of_a_good_and_a_bad_sample_count_one_or_half_for_a_tie() -> None:
     # 2 > 1, 2 > 0, 1 = 1, 1 > 0: three and a half of four.
-    assert rank_share([2.0, 1.0], [1.0, 0.0]) == 3.5 / 4
+    assert rank_share([2.0, 1.0, 1.0, 0.0], [1, 1, 0, 0]) == 3.5 / 4
+
+
+def test_pairs_of_equal_worth_count_nothing() -> None:
+    # .9 over each of the others, and .5 over .2 twice: of these five, only -1 over 0 is not scored so.
+    assert rank_share([2.0, 1.0, -1.0, 0.0], [0.9, 0.5, 0.5, 0.2]) == 4 / 5
 
 
 def test_samples_are_ranked_by_their_own_scores(recipe_file: Path) -> None:

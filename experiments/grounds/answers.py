@@ -13,20 +13,25 @@ import torch
 from transformers import AutoTokenizer
 
 from experiments.experiment import FOLDER
+from experiments.ranking import measure_ranking
 from experiments.training import summarise_training
 from gadfly.analysis.tell import MIN_PROMPTS, tell_accuracy
 from gadfly.analysis.tell_model import open_embedder
 from gadfly.errors import ConfigError
+from gadfly.groups import Branch
 from gadfly.models import load_language_model
-from gadfly.records import Message, generations_file
+from gadfly.records import Message, Row, generations_file
 from gadfly.stages.judge.answer_sheets import TEACHER, answer_sheets
 from gadfly.stages.judge.tell_figures import pairs_with_teacher
 from gadfly.stages.named_models import named_models
 from gadfly.stages.run import Run
 from gadfly.statistics import mean
+from gadfly.text_metrics import rouge_l
 
 # Of another set, to see what was forgotten: so many human answers of at most so many tokens.
 _HUMAN_ROWS, _HUMAN_TOKENS = 100, 128
+# Samples of so many prompts are ranked.
+_RANKED_PROMPTS = 64
 # The test set of the student's own domain.
 _OWN = "own"
 
@@ -69,9 +74,10 @@ def prepare(folder: Path, seed: int, settings: Mapping[str, Any]) -> None:
 
 def measure(run: Run, settings: Mapping[str, Any]) -> None:
     """Of every model: what was forgotten, and how often a second classifier tells its answers; of gad also
-    means of its last steps.
+    means of its last steps, and how the discriminators rank samples by ROUGE-L, for want of an oracle.
     """
     summarise_training(run)
+    measure_ranking(run, _OWN, _RANKED_PROMPTS, _overlap)
     _measure_forgetting(run, settings)
     # The judge's classifier counts n-grams; this one reads hidden states of the student before any training.
     embed = open_embedder(str(_folder(settings, "model")))
@@ -83,6 +89,10 @@ def measure(run: Run, settings: Mapping[str, Any]) -> None:
                 if model != TEACHER and len(pairs) >= MIN_PROMPTS:
                     record = {"tell_accuracy_hidden": tell_accuracy(pairs, embed).as_record()}
                     run.folder.update_summary("evaluation", {model: {sheet.name: record}})
+
+
+def _overlap(row: Row, branch: Branch) -> float:
+    return rouge_l(branch.text, [teacher.text for teacher in row.responses])
 
 
 @torch.no_grad()

@@ -13,10 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.ranking import in_group_ranking
+from experiments.ranking import measure_ranking
 from experiments.training import summarise_training
-from gadfly.checkpoint import latest_checkpoint
-from gadfly.data.dataset import load_rows
 from gadfly.demo.demo import count_valid_answers
 from gadfly.demo.models import save_models
 from gadfly.demo.scripted_teacher import (
@@ -88,9 +86,7 @@ def once(prompt: str, responses: Sequence[str], teachers: Sequence[str]) -> list
 def measure(run: Run, settings: Mapping[str, Any]) -> None:
     """Let the oracle count valid answers, those that tell a fact twice, and the answers' variety.
 
-    Of what warmup and gad trained, `ranking/in_group` says how the discriminator that it ended with ranks its
-    samples, `ranking/in_group_before` the same of what gad began with; of gad, `training` has means of its
-    last steps.
+    Also how the discriminators rank valid and other samples; of gad, `training` has means of its last steps.
     """
     del settings
     count_valid_answers(run.folder)
@@ -105,25 +101,7 @@ def measure(run: Run, settings: Mapping[str, Any]) -> None:
                 figures = {test_set: {"repeated_fraction": repeated.as_record()}}
                 run.folder.update_summary("evaluation", {model: figures})
     summarise_training(run)
-    _measure_ranking(run)
-
-
-def _measure_ranking(run: Run) -> None:
-    evaluated = run.folder.read_json("summary.json")["evaluation"]
-    test_rows = load_rows(run.recipe.data.test["test"], needs_response=True).rows[:_RANKED_PROMPTS]
-    warmed_up, after = (latest_checkpoint(run.folder.stage(stage)) for stage in ("warmup", "gad"))
-    # An arm without a warmup of its own begins where its recipe says.
-    before = warmed_up.path if warmed_up else Path(str(run.recipe.gad.start_from))
-    for model, figure, checkpoint in (
-        ("warmup", "in_group", before),
-        ("gad", "in_group_before", before),
-        ("gad", "in_group", after.path if after else None),
-    ):
-        if model in evaluated and checkpoint is not None:
-            ranked = in_group_ranking(run, checkpoint, test_rows, _is_valid)
-            if ranked and ranked.n > 1:
-                ranking = {"ranking": {figure: ranked.as_record()}}
-                run.folder.update_summary("evaluation", {model: ranking})
+    measure_ranking(run, "test", _RANKED_PROMPTS, _is_valid)
 
 
 def _is_valid(row: Row, branch: Branch) -> bool:
