@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from drifting import STEPS, breaking, drifting
@@ -273,6 +274,21 @@ def test_a_loss_that_is_no_number_goes_back_too(recipe_file: Path, tmp_path: Pat
     assert [row["name"] for row in found["remedies"]] == ["not-finite"]
     assert found["remedies"][0]["back_to"] == 30
     assert found["stage"]["done"]
+
+
+def test_weights_that_an_update_has_broken_are_not_saved(recipe_file: Path) -> None:
+    broken = (
+        r"^gad step 1: student: weights are not finite after the update: .* Last good checkpoint: none yet"
+    )
+    with open_run(load_recipe(recipe_file, ["gad.save_every=1"])) as run:
+        warmup(run)
+        # A rate that single precision cannot hold.
+        with (
+            patch("gadfly.stages.gad.scheduled_learning_rate", lambda *_: 1e39),
+            pytest.raises(AlarmError, match=broken),
+        ):
+            gad(run)
+        assert not checkpoint_steps(run.folder.stage("gad"))
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.01])

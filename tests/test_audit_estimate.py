@@ -50,7 +50,7 @@ def test_checkpoints_of_the_discriminators_language_model_need_disk(tmp_path: Pa
 
 
 def test_what_does_not_fit_is_looked_at_again_with_the_settings_of_now(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = recipe(tmp_path, tiny_model, rows(0, 40))
 
@@ -64,8 +64,23 @@ def test_what_does_not_fit_is_looked_at_again_with_the_settings_of_now(
 
     fits, nothing = audited()
     assert not nothing
+    assert "does-not-fit" not in caplog.text
     # A million checkpoints are kept of each stage.
     overfull, missing = audited("checkpoints.keep_last=1000000")
     assert missing == {"disk"}
     assert overfull["pace"] == fits["pace"], "nothing was sampled again"
-    assert audited() == (fits | {"estimate": audited()[0]["estimate"]}, set())
+    assert "audit: does-not-fit (warning)" in caplog.text, "it is told, though all else was looked at before"
+    again, nothing = audited()
+    assert not nothing
+    assert again["estimate"]["disk_bytes"] == fits["estimate"]["disk_bytes"]
+    assert again["findings"] == fits["findings"]
+
+
+def test_an_audit_that_finds_nothing_new_leaves_its_file_alone(tmp_path: Path, tiny_model: Path) -> None:
+    path = recipe(tmp_path, tiny_model, rows(0, 40))
+    written = []
+    for _ in range(2):
+        with open_run(load_recipe(path, [])) as run:
+            audit(run)
+            written.append((run.folder.path / "audit.json").stat())
+    assert (written[0].st_ino, written[0].st_mtime_ns) == (written[1].st_ino, written[1].st_mtime_ns)

@@ -386,7 +386,7 @@ def test_another_discriminator_model_is_refused_with_lora(recipe_file: Path) -> 
 
 
 def test_over_half_precision_what_writes_and_scores_has_the_adapter_that_was_trained(
-    recipe_file: Path, tiny_model: Path, tmp_path: Path
+    recipe_file: Path, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Steps this small are lost where they are added to weights in bfloat16.
     settings = [*LORA, "student.dtype=bfloat16", "warmup.learning_rate=1e-4", "warmup.max_steps=4"]
@@ -397,6 +397,7 @@ def test_over_half_precision_what_writes_and_scores_has_the_adapter_that_was_tra
         base = open_base_of(run.recipe, end / "discriminator")
         other = load_recipe(recipe_file, [*settings, "student.lora_rank=5"])
         assert open_base_of(other, end / "student") is None, "of another rank, it is opened as one whole"
+        assert "an adapter of another model, rank or alpha than the recipe's" in caplog.text
         assert open_base_of(run.recipe, tiny_model) is None
         damaged = tmp_path / "damaged"
         shutil.copytree(end / "student", damaged)

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -316,6 +318,51 @@ def test_a_rank_that_makes_progress_is_not_stuck() -> None:
         "gad step 7: rank 1 is stuck (for 2 s, in gad step 7, at token 24 of 30); rank 0 waited for the "
         "others' samples. Run the same command to go on from the last checkpoint."
     ]
+
+
+@pytest.mark.parametrize("is_patient", [False, True])
+def test_a_rank_that_waits_for_the_background_comes_on_with_it(is_patient: bool) -> None:
+    store, messages = HashStore(), []
+    statuses = [Status("gad step 7"), Status("gad step 7")]
+    beside = [status.beside() for status in statuses]
+    beats = [Heartbeats(store, rank, 2, status) for rank, status in enumerate(statuses)]
+    for status, behind in zip(statuses, beside, strict=True):
+        status.note("the end of the checkpoint in the background")
+        # Hashing it has no end that one could foresee.
+        behind.note("the end of the checkpoint", is_patient=is_patient)
+    for one in beats:
+        one.timeout_seconds = 2.0
+        one.start(messages.append)
+    for megabytes in range(25):
+        for status, behind in zip(statuses, beside, strict=True):
+            if not is_patient:
+                behind.progress(f"writing the checkpoint: {megabytes} MB")
+            status.follow(behind)
+        time.sleep(0.2)
+    for one in reversed(beats):
+        one.stop()
+    assert messages == []
+
+
+def test_a_folder_that_is_deleted_meanwhile_is_no_error(tmp_path: Path) -> None:
+    class Pair(Processes):
+        size = 2
+
+    failures: list[threading.ExceptHookArgs] = []
+    asked: list[str] = []
+
+    def gone(folder: Path, pattern: str) -> list[Path]:
+        asked.append(pattern)
+        raise FileNotFoundError(folder)
+
+    with (
+        patch("threading.excepthook", failures.append),
+        patch.object(Path, "rglob", gone),
+        growth_as_progress(tmp_path / "checkpoint", Pair()),
+    ):
+        time.sleep(1.5)
+    assert asked
+    assert not failures
 
 
 def test_a_folder_that_grows_is_progress_and_one_that_does_not_is_none(tmp_path: Path) -> None:

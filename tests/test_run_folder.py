@@ -107,7 +107,7 @@ def test_what_is_written_is_read(run: RunFolder) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_leaves_the_old_file(run: RunFolder) -> None:
     run.write_json("summary.json", {"n": 1})
-    (run.path / ".summary.json.tmp").symlink_to("/dev/full")
+    (run.path / f".summary.json.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(RunFolderError) as refusal:
         run.write_json("summary.json", {"n": 2})
     assert str(refusal.value) == (

@@ -77,16 +77,6 @@ class SharedBase:
         """The same without the map to logits; the saved adapter may be one of a role that writes."""
         return self._role(self._model.base_model, source)
 
-    def has_adapter(self, folder: str | Path) -> bool:
-        """Whether a folder holds an adapter of this model, rank and alpha."""
-        try:
-            config = parse_object((Path(folder) / _CONFIG_FILE).read_bytes())
-        except (OSError, ValueError):
-            # What opens the folder as it is says what is wrong with it.
-            return False
-        stored = tuple(config.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha"))
-        return stored == (self._name, self._rank, self._alpha)
-
     def _role(self, model: nn.Module, source: str | Path) -> PreTrainedModel:
         # A copy of everything but the weights.
         role = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
@@ -128,6 +118,17 @@ class SharedBase:
             raise CheckpointError(f"{folder}: the adapter is of another model than {self._name}")
         for name, weight in own.items():
             weight.copy_(stored[name])
+
+
+def stored_adapter(folder: str | Path) -> tuple[str, int, int] | None:
+    """Model, rank and alpha of the adapter that a folder holds; None if it holds none that can be read."""
+    try:
+        config = parse_object((Path(folder) / _CONFIG_FILE).read_bytes())
+        check_fields(config, {"base_model_name_or_path": str, "r": int, "lora_alpha": int})
+    except (OSError, ValueError):
+        # What opens the folder as it is says what is wrong with it.
+        return None
+    return config["base_model_name_or_path"], config["r"], config["lora_alpha"]
 
 
 def adapted_model(name: str) -> str | None:

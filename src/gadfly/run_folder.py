@@ -252,7 +252,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; the old file is untouched.
     """
-    beside = path.with_name(f".{path.name}.tmp")
+    # A report may be written beside a run that writes its own.
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "w", encoding="utf-8", newline="\n") as file:

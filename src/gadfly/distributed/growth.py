@@ -36,8 +36,9 @@ def growth_as_progress(folder: Path, processes: Processes) -> Iterator[None]:
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        # What is renamed or deleted in between is counted next time.
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
+    # What is renamed or deleted meanwhile, the folder itself included, is counted next time.
+    with contextlib.suppress(OSError):
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
     return total

@@ -59,6 +59,12 @@ class Status:
         self.what, self.since = what, time.monotonic()
         self.moves += 1
 
+    def follow(self, other: "Status") -> None:
+        """Say what the thread of another status has come to, for which this one waits."""
+        self.is_patient = other.is_patient
+        if other.since > self.since:
+            self.progress(other.what)
+
     @contextlib.contextmanager
     def doing(self, what: str, *, is_patient: bool = False) -> Iterator[None]:
         """Say what is done inside, and afterwards that it is over."""
@@ -67,7 +73,7 @@ class Status:
         self.note(f"what comes after {what}")
 
     def beside(self) -> "Status":
-        """One for a thread beside the main one; nobody watches it."""
+        """One for a thread beside the main one; nobody watches it but through `follow`."""
         return Status(self.place)
 
 

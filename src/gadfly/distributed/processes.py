@@ -86,6 +86,9 @@ class Processes:
         """The same processes for a thread that works beside the main one."""
         return self
 
+    def follow(self, beside: "Processes") -> None:
+        """While this thread waits for one beside it: say what that has come to."""
+
     def check_same(self, what: str, value: str, remedy: str) -> None:
         """Refuse to go on where the processes differ in something that must be the same.
 

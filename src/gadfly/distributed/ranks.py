@@ -84,6 +84,11 @@ class Ranks(Processes):
         """Say how far this process has come with what it does."""
         self._status.progress(what)
 
+    def follow(self, beside: Processes) -> None:
+        """While this thread waits for one beside it: say what that has come to."""
+        assert isinstance(beside, Ranks), "made by `beside`"
+        self._status.follow(beside._status)
+
     def beside(self) -> "Ranks":
         """The same processes for a thread that works beside the main one, with a group of its own."""
         self._num_beside += 1

@@ -90,9 +90,10 @@ class VllmServers:
         self._canary_request = Request(start, 1, "canary")
         self._text: list[int] = []
         at_once(self._servers, lambda connection: open_server(connection, max_tokens, start))
-        # The first process pauses them next, and another one that still opens them would have them go on.
-        self._processes.gather("opening of the servers", None)
         self._hand_over = open_hand_over(folder)
+        # The first process pauses them next, and hands over: another one that still opens them would have
+        # them go on, or take what is handed over for a leftover.
+        self._processes.gather("opening of the servers", None)
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Hand over the student's weights, and check that they arrived.

@@ -160,7 +160,10 @@ class StageAlarms:
 
     def _go_back(self, alarm: Alarm, changes: Mapping[str, float], seconds: float) -> None:
         step = note_remedy(self._run, self._stage, alarm, changes, seconds)
-        logger.warning("%s: going back to step %d", self._stage, step)
+        why = (
+            "" if step else f"; no checkpoint from before step {alarm.since} is kept (checkpoints.keep_last)"
+        )
+        logger.warning("%s: going back to step %d%s", self._stage, step, why)
         raise GoBack
 
 

@@ -14,6 +14,7 @@ also the discriminator's training pass. One update each.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from gadfly.checkpoint import (
     Checkpoint,
@@ -34,7 +35,7 @@ from gadfly.stages.diagnostics import (
     rollout_metrics,
     student_scores,
 )
-from gadfly.stages.remedies import GoBack, RemediedRun, forget_remedies_after, reopened
+from gadfly.stages.remedies import GoBack, RemediedRun, begin_stage, forget_remedies_after, reopened
 from gadfly.stages.rewards import Rewards
 from gadfly.stages.run import Run
 
@@ -112,13 +113,15 @@ def gad(run: Run) -> None:
 def _open(run: Run) -> Adversaries | None:
     """Both players where the stage starts or goes on; None if it is done."""
     settings = run.recipe.gad
+    begins_elsewhere = run.gad_begins_at is not None
     start = run.processes.once("the start of gad", lambda: _start(run.alone()), is_patient=True)
-    left = run.folder.begin("gad", {**run.stage_settings("discriminator", "gad"), "start": start.digest})
-    if settings.starts_elsewhere:
-        run.folder.write_json(
-            "gad/stage.json",
-            {**run.folder.read_json("gad/stage.json"), "began_at": str(start.path.resolve())},
-        )
+    left = begin_stage(run, "gad", {**run.stage_settings("discriminator", "gad"), "start": start.digest})
+    if begins_elsewhere:
+        noted: dict[str, Any] = {"began_at": str(start.path.resolve())}
+        if not settings.starts_elsewhere:
+            # It is so because of what was trained, of which there may soon be no trace left.
+            noted["has_trained"] = True
+        run.folder.write_json("gad/stage.json", run.folder.read_json("gad/stage.json") | noted)
     went_back = run.processes.once("gad.start_from", lambda: _go_back(run.alone()))
     if went_back and isinstance(run, RemediedRun):
         # It has remedies that are noted no more.
@@ -175,5 +178,6 @@ def _go_back(run: Run) -> bool:
     drop_checkpoints_after(stage, step)
     forget_remedies_after(run.folder, "gad", step)
     run.folder.forget("gad")
+    begun.pop("lost_seconds", None)
     run.folder.write_json("gad/stage.json", {**begun, "done": False, "went_back_to": step})
     return True

@@ -15,7 +15,7 @@ from gadfly.alarms import Alarm
 from gadfly.alarms.advice import RATES
 from gadfly.checkpoint import checkpoint_steps, drop_checkpoints_after, latest_checkpoint
 from gadfly.config import Recipe
-from gadfly.run_folder import RunFolder
+from gadfly.run_folder import Record, RunFolder
 from gadfly.stages.run import Run
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,18 @@ def reopened(stage: str) -> Callable[[Callable[[Run], None]], Callable[[Run], No
     return decorate
 
 
+def begin_stage(run: Run, stage: str, settings: Record) -> bool:
+    """`RunFolder.begin` for a stage that is reopened.
+
+    Raises:
+        GoBack: the stage begins anew with other settings, so that remedies for the old ones are gone.
+    """
+    left = run.folder.begin(stage, settings)
+    if isinstance(run, RemediedRun) and not run.folder.rows(f"{stage}/remedies.jsonl"):
+        raise GoBack
+    return left
+
+
 def remedy_for(run: Run, stage: str, alarm: Alarm) -> dict[str, float]:
     """The changed values by dotted key of the recipe; empty where an alarm has no remedy or none is left.
 
@@ -105,7 +117,11 @@ def note_remedy(run: Run, stage: str, alarm: Alarm, changes: Mapping[str, float]
 
 def forget_remedies_after(folder: RunFolder, stage: str, step: int) -> None:
     """Of a stage taken back by hand, drop what it went back for later on; all of it if it begins anew."""
-    folder.keep_rows(f"{stage}/remedies.jsonl", lambda row: 0 < step >= row["back_to"])
+    rows = folder.rows(f"{stage}/remedies.jsonl")
+    # In the order of time: a checkpoint has all that came before the last way back to it, or to before it.
+    of_step = [number for number, row in enumerate(rows, start=1) if 0 < step >= row["back_to"]]
+    if rows:
+        folder.write_rows(f"{stage}/remedies.jsonl", rows[: max(of_step, default=0)])
 
 
 def taken_back(run: Run, stage: str) -> dict[str, float]:
@@ -126,7 +142,8 @@ def _remedied(run: Run, stage: str) -> Run:
             drop_checkpoints_after(run.folder.stage(stage), last["back_to"])
             kept = latest_checkpoint(run.folder.stage(stage))
             at_checkpoint = kept.facts.get("seconds", 0.0) if kept else 0.0
-            lost = {"time/lost_seconds": round(last.get("time/seconds", 0.0) - at_checkpoint, 3)}
+            # Earlier versions noted no seconds.
+            lost = {"time/lost_seconds": round(max(0.0, last.get("time/seconds", 0.0) - at_checkpoint), 3)}
             run.alone().folder.write_rows(
                 f"{stage}/remedies.jsonl", [*rows[:-1], {**last, **lost, "is_done": True}]
             )

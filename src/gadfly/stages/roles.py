@@ -25,7 +25,7 @@ from gadfly.discriminator import (
 from gadfly.engine import Engine, Precision, faster_precision, frozen_weights
 from gadfly.groups import Group, reread, retokenised
 from gadfly.logprobs import LogprobReader, Logprobs, has_plain_head
-from gadfly.lora import SharedBase
+from gadfly.lora import SharedBase, stored_adapter
 from gadfly.models import (
     default_device,
     load_language_model,
@@ -104,18 +104,31 @@ def open_shared_base(recipe: Recipe) -> SharedBase | None:
     if student.lora_rank == 0:
         return None
     model, renderer = load_language_model(student.model, student.dtype)
-    alpha = student.lora_alpha or 2 * student.lora_rank
-    return SharedBase(model, renderer, student.model, rank=student.lora_rank, alpha=alpha, seed=recipe.seed)
+    return SharedBase(
+        model, renderer, student.model, rank=student.lora_rank, alpha=_alpha(recipe), seed=recipe.seed
+    )
 
 
 def open_base_of(recipe: Recipe, source: str | Path) -> SharedBase | None:
     """What a saved adapter of the recipe is read on, over weights in half precision: added to those, its
     small steps would be rounded away. None for anything else, which is opened as one whole.
     """
-    if recipe.student.dtype != "bfloat16" or str(source) == recipe.student.model:
+    student = recipe.student
+    stored = stored_adapter(source)
+    if student.dtype != "bfloat16" or student.lora_rank == 0 or stored is None:
         return None
-    shared = open_shared_base(recipe)
-    return shared if shared is not None and shared.has_adapter(source) else None
+    if stored == (student.model, student.lora_rank, _alpha(recipe)):
+        return open_shared_base(recipe)
+    logger.warning(
+        "%s: an adapter of another model, rank or alpha than the recipe's; added to weights in bfloat16, "
+        "which rounds it",
+        source,
+    )
+    return None
+
+
+def _alpha(recipe: Recipe) -> int:
+    return recipe.student.lora_alpha or 2 * recipe.student.lora_rank
 
 
 def open_student(

@@ -115,15 +115,8 @@ class Run:
         """The checkpoint folder that gad begins, or began, from in the place of warmup's end."""
         if self.recipe.gad.starts_elsewhere:
             return str(self.recipe.gad.start_from)
-        begun = self.folder.read_json("gad/stage.json")
-        noted: str | None = begun.get("began_at")
-        # Without any of these nothing was trained: a slip in the recipe may still be put right.
-        has_trained = (
-            any(self.folder.stage("gad").glob("step-*"))
-            or "went_back_to" in begun
-            or bool(self.folder.rows("gad/remedies.jsonl"))
-        )
-        return noted if has_trained else None
+        # At once, since a folder's list may be another in every process.
+        return self.processes.once("where gad began", lambda: _began_at(RunFolder(self.folder.path)))
 
     def stage_settings(self, *sections: str) -> dict[str, Any]:
         """What decides a stage's result: the seed, the sections named, and the content of the data."""
@@ -137,6 +130,17 @@ class Run:
         }
         settings["precision"] = self.recipe.engine.precision
         return settings
+
+
+def _began_at(folder: RunFolder) -> str | None:
+    """What is noted of gad's start, if it was trained from there: a slip in the recipe may be put right."""
+    begun = folder.read_json("gad/stage.json")
+    has_trained = (
+        any(folder.stage("gad").glob("step-*"))
+        or not {"went_back_to", "has_trained"}.isdisjoint(begun)
+        or bool(folder.rows("gad/remedies.jsonl"))
+    )
+    return begun.get("began_at") if has_trained else None
 
 
 @contextlib.contextmanager

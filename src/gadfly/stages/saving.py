@@ -1,5 +1,6 @@
 """Writes the checkpoints of a stage, at once or in the background while training goes on."""
 
+import concurrent.futures
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -8,17 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gadfly.checkpoint import Checkpoint, save_checkpoint
 from gadfly.discriminator import Scores
 from gadfly.distributed.processes import Processes
 from gadfly.engine import Engine
+from gadfly.errors import AlarmError
 from gadfly.logprobs import Logprobs
 from gadfly.tensor_files import save_tensors
 
 Engines = Mapping[str, Engine[Logprobs] | Engine[Scores]]
 Snapshot = Callable[[bool], Callable[[Path], None]]
 """Given whether it is to be a copy, which stays as it is when training goes on: what writes the models."""
+
+# How often a wait looks at how far the background has come.
+_LOOK_SECONDS = 1.0
 
 
 class CheckpointWriter:
@@ -53,9 +59,11 @@ class CheckpointWriter:
         """Save what there is now, and do `then` once it is on disk.
 
         Raises:
+            AlarmError: weights that are not finite, which no stage could go on from.
             RunFolderError: this checkpoint, or the one before in the background, cannot be written.
         """
         self.wait()
+        self._main.together("weights to save", self._check_finite)
         write_models = self._snapshot(self._background is not None)
         optimizers = {role: engine.optimizer_state() for role, engine in self._engines.items()}
         if self._background is not None:
@@ -79,11 +87,21 @@ class CheckpointWriter:
         else:
             self._under_way = self._background.submit(work)
 
+    def _check_finite(self) -> None:
+        for role, engine in self._engines.items():
+            for name, weight in engine.model.named_parameters():
+                own = weight.to_local() if isinstance(weight, DTensor) else weight
+                if weight.requires_grad and not own.isfinite().all():
+                    raise AlarmError(f"{role}: weights are not finite after the update: {name}", "not-finite")
+
     def wait(self) -> None:
         """Let the checkpoint that is being written come to its end."""
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
             self._main.note("the end of the checkpoint in the background")
+            while not under_way.done():
+                self._main.follow(self._processes)
+                concurrent.futures.wait([under_way], timeout=_LOOK_SECONDS)
             under_way.result()
 
 

@@ -15,7 +15,7 @@ from gadfly.run_folder import Record
 from gadfly.stages.evaluation import Evaluation
 from gadfly.stages.examples import Batches, training_examples
 from gadfly.stages.loop import training_loop
-from gadfly.stages.remedies import reopened
+from gadfly.stages.remedies import begin_stage, reopened
 from gadfly.stages.roles import open_shared_base, open_student, restore_optimizer
 from gadfly.stages.run import Run
 
@@ -27,7 +27,7 @@ def seqkd(run: Run) -> None:
     """The baseline: SFT on the teacher's responses, no KL term (paper: SeqKD)."""
     settings = run.stage_settings("seqkd")
     del settings["seqkd"]["equal_time_learning_rate"]
-    if not run.folder.begin("seqkd", settings):
+    if not begin_stage(run, "seqkd", settings):
         return
     fine_tune(run, "seqkd", run.recipe.student.model, run.recipe.student, run.recipe.seqkd)
 
@@ -47,7 +47,7 @@ def seqkd_equal_time(run: Run) -> None:
     last = latest_checkpoint(run.folder.stage("gad"), run.processes)
     assert last is not None, "a finished stage has a checkpoint"
     _refuse_times_of_another_gad(run, stage, last.digest)
-    if not run.folder.begin(stage, {**run.stage_settings("seqkd"), "as_long_as": last.digest}):
+    if not begin_stage(run, stage, {**run.stage_settings("seqkd"), "as_long_as": last.digest}):
         return
     plan = run.folder.read_json(f"{stage}/plan.json")
     if not plan:
@@ -109,7 +109,7 @@ def discriminator_lm(run: Run) -> None:
     for later in ("reads", "loss", "learning_rate", "centring"):
         del settings["discriminator"][later]
     settings["learning_rate_schedule"] = run.recipe.warmup.learning_rate_schedule
-    if not run.folder.begin(stage, settings):
+    if not begin_stage(run, stage, settings):
         return
     training = run.recipe.warmup.model_copy(
         update={

@@ -22,7 +22,7 @@ from gadfly.stages.diagnostics import (
     rollout_metrics,
     student_scores,
 )
-from gadfly.stages.remedies import reopened
+from gadfly.stages.remedies import begin_stage, reopened
 from gadfly.stages.run import Run
 from gadfly.stages.sft import discriminator_lm
 
@@ -67,7 +67,7 @@ class Plan:
 def warmup(run: Run) -> None:
     """Train student and discriminator up to where the adversarial game can start."""
     recipe, settings = run.recipe, run.recipe.warmup
-    if not run.folder.begin("warmup", run.stage_settings("discriminator", "warmup")):
+    if not begin_stage(run, "warmup", run.stage_settings("discriminator", "warmup")):
         return
     base = None
     stage = run.folder.stage("warmup")

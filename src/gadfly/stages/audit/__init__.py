@@ -8,6 +8,7 @@ the report, and an error where a mechanical cause stands that `audit.allow` does
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,11 @@ def _audit(run: Run, stage: str, checkpoint: Checkpoint | None) -> None:
     found = {**found, "estimate": estimated, "findings": [*looked_at, *fits]}
     if not is_done or _but_for_the_disk(found) != _but_for_the_disk(before):
         run.folder.write_json(AUDIT_FILE, {**run.folder.read_json(AUDIT_FILE), stage: found})
+    _warn(stage, fits if is_done else found["findings"])
     if is_done:
         logger.info("%s: done already", stage)
     else:
-        _tell(stage, found)
+        logger.info("%s: %d findings (%s)", stage, len(found["findings"]), AUDIT_FILE)
     stopping = [
         f"{finding['name']} ({finding['evidence']})"
         for finding in found["findings"]
@@ -114,10 +116,9 @@ def _is_trained(run: Run, checkpoint: Checkpoint | None) -> bool:
     return steps * warmup.batch_prompts >= _TRAINED_ON
 
 
-def _tell(stage: str, found: dict[str, Any]) -> None:
-    for finding in found["findings"]:
+def _warn(stage: str, findings: Sequence[dict[str, Any]]) -> None:
+    for finding in findings:
         kind = "mechanical" if finding["mechanical"] else "warning"
         logger.warning(
             "%s: %s (%s): %s: %s", stage, finding["name"], kind, finding["what"], finding["evidence"]
         )
-    logger.info("%s: %d findings (%s)", stage, len(found["findings"]), AUDIT_FILE)

@@ -158,7 +158,8 @@ def _takes(look: Record) -> list[str]:
         sentences.append(
             f"Memory, by formula at full lengths: {_gigabytes(estimate['peak_bytes'])} of "
             f"{_gigabytes(estimate['memory_bytes'])}; disk: {_gigabytes(estimate['disk_bytes'])} of "
-            f"{_gigabytes(estimate['free_disk_bytes'])} free."
+            # Audits of earlier versions did not say what was written by then.
+            f"{_gigabytes(estimate['free_disk_bytes'] + estimate.get('written_bytes', 0))} free at the start."
         )
     return sentences
 
