@@ -206,7 +206,7 @@ def faulty(
         ("die-in-step", 1, 9, r"^warmup step \d: rank 1 is gone .*; rank 0 waited for ", 20),
         ("die-in-step", 0, 9, r"^warmup step \d: rank 0 is gone .*; rank 1 waited for ", 20),
         ("die-in-save", 1, 2, r"^seqkd step 4: rank 1 is gone .*; rank 0 waited for .*checkpoint", 20),
-        ("die-in-hand-over", 1, 400, r"rank 1 is gone .*; rank 0 waited for the hand-over of model\.", 20),
+        ("die-in-hand-over", 1, 260, r"rank 1 is gone .*; rank 0 waited for the hand-over of model\.", 20),
         ("hang-in-step", 1, 9, r"^warmup step \d: rank 1 is stuck \(for 15 s, .*; rank 0 waited for ", 35),
     ],
 )
@@ -266,7 +266,7 @@ def test_other_code_on_a_rank_is_refused_before_anything_is_written(
 @pytest.mark.slow
 def test_a_run_with_a_dead_rank_ends_like_an_undisturbed_one(recipe_file: Path, tmp_path: Path) -> None:
     whole, broken = run_on(2, recipe_file, tmp_path / "whole"), tmp_path / "broken"
-    for fault, at in (("die-in-save", 2), ("die-in-hand-over", 300), ("die-in-step", 5)):
+    for fault, at in (("die-in-save", 2), ("die-in-hand-over", 260), ("die-in-step", 5)):
         faulty(recipe_file, broken, fault, rank=1, at=at)
     run_on(2, recipe_file, broken)
     assert_same_run(whole, broken)

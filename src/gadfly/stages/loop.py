@@ -120,6 +120,7 @@ class TrainingLoop:
 
     def log(self, metrics: Metrics) -> None:
         """Write a step's metrics to `metrics.jsonl`, the trackers and the console, and look for alarms."""
+        self._run.processes.note("what has moved")
         metrics = metrics | self._still_fractions(metrics)
         row = {"stage": self._stage, "step": self.step, **metrics, **self._times, "time/unix": time.time()}
         self._run.folder.append_rows("metrics.jsonl", [row])
