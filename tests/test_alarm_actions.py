@@ -276,6 +276,27 @@ def test_a_loss_that_is_no_number_goes_back_too(recipe_file: Path, tmp_path: Pat
     assert found["stage"]["done"]
 
 
+def test_warmup_goes_back_to_its_start_although_its_language_model_has_no_remedies(recipe_file: Path) -> None:
+    settings = ["discriminator.lm_steps=2", "warmup.max_steps=3", "alarms.actions.not-finite=roll_back"]
+    rates: list[float] = []
+
+    def rate_of(rate: float, *_: object) -> float:
+        rates.append(rate)
+        if len(rates) == 1:
+            raise AlarmError("the loss is nan (prompts p1); nothing was updated")
+        return rate
+
+    with (
+        patch("gadfly.stages.warmup.scheduled_learning_rate", rate_of),
+        open_run(load_recipe(recipe_file, settings)) as run,
+    ):
+        warmup(run)
+        (remedy,) = run.folder.rows("warmup/remedies.jsonl")
+        assert run.folder.is_done("warmup")
+    assert remedy["back_to"] == 0
+    assert rates == [rates[0], *[rates[0] / 2] * 3]
+
+
 def test_weights_that_an_update_has_broken_are_not_saved(recipe_file: Path) -> None:
     broken = (
         r"^gad step 1: student: weights are not finite after the update: .* Last good checkpoint: none yet"

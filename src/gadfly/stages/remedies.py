@@ -40,6 +40,8 @@ class RemediedRun(Run):
     """A run whose recipe remedies have changed; its stages are still those of the recipe as written."""
 
     as_written: Run | None = None
+    stage: str = ""
+    """Whose remedies they are: a stage inside it, as the language model's in warmup, has its own."""
 
     def stage_settings(self, *sections: str) -> dict[str, Any]:
         """What the recipe as written says: the remedies follow from it."""
@@ -74,7 +76,7 @@ def begin_stage(run: Run, stage: str, settings: Record) -> bool:
         GoBack: the stage begins anew with other settings, so that remedies for the old ones are gone.
     """
     left = run.folder.begin(stage, settings)
-    if isinstance(run, RemediedRun) and not run.folder.rows(f"{stage}/remedies.jsonl"):
+    if isinstance(run, RemediedRun) and run.stage == stage and not run.folder.rows(f"{stage}/remedies.jsonl"):
         raise GoBack
     return left
 
@@ -155,7 +157,7 @@ def _remedied(run: Run, stage: str) -> Run:
     shown = ", ".join(f"{key} = {value:g}" for row in rows for key, value in row["changes"].items())
     logger.warning("%s: went back %d times for alarms; %s", stage, len(rows), shown)
     as_is = {field.name: getattr(run, field.name) for field in fields(Run)}
-    remedied = RemediedRun(**{**as_is, "recipe": recipe}, as_written=run)
+    remedied = RemediedRun(**{**as_is, "recipe": recipe}, as_written=run, stage=stage)
     # Read once: the data are the same.
     vars(remedied)["data"] = run.data
     return remedied
