@@ -399,6 +399,13 @@ def test_over_half_precision_what_writes_and_scores_has_the_adapter_that_was_tra
         assert open_base_of(other, end / "student") is None, "of another rank, it is opened as one whole"
         assert "an adapter of another model, rank or alpha than the recipe's" in caplog.text
         assert open_base_of(run.recipe, tiny_model) is None
+        scaled = tmp_path / "scaled"
+        shutil.copytree(end / "student", scaled)
+        made = json.loads((scaled / "adapter_config.json").read_text(encoding="utf-8"))
+        (scaled / "adapter_config.json").write_text(
+            json.dumps({**made, "use_rslora": True}), encoding="utf-8"
+        )
+        assert open_base_of(run.recipe, scaled) is None, "by another scale than a role's"
         damaged = tmp_path / "damaged"
         shutil.copytree(end / "student", damaged)
         (damaged / "adapter_config.json").write_text("{", encoding="utf-8")

@@ -237,6 +237,14 @@ def test_only_the_rows_to_be_written_again_are_dropped(run: RunFolder) -> None:
     assert not (run.path / "none.jsonl").exists()
 
 
+def test_what_an_earlier_attempt_lost_is_not_counted_for_the_next(run: RunFolder) -> None:
+    run.begin("gad", {"seed": 0})
+    run.finish("gad", steps=3, seconds=9.0, lost_seconds=500.0)
+    run.begin("gad", {"seed": 1})
+    run.finish("gad", steps=3, seconds=8.0)
+    assert run.read_json("summary.json")["stages"] == {"gad": {"steps": 3, "seconds": 8.0}}
+
+
 def test_a_stage_goes_on_under_the_same_settings(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"seed": 0, "gad": {"learning_rate": 1e-6, "adam_betas": (0.9, 0.95)}}
     assert run.begin("gad", settings)

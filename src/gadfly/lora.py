@@ -28,6 +28,8 @@ from gadfly.stored_json import check_fields, parse_object
 
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
+# What an adapter made elsewhere by peft may have that a role's does not.
+_MORE = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
 # What peft puts before the names of the weights in a file, and what it calls an adapter in a model.
 STORED, ADAPTER = "base_model.model.", "default"
 
@@ -121,12 +123,16 @@ class SharedBase:
 
 
 def stored_adapter(folder: str | Path) -> tuple[str, int, int] | None:
-    """Model, rank and alpha of the adapter that a folder holds; None if it holds none that can be read."""
+    """Model, rank and alpha of the adapter that a folder holds; None if it holds none that can be read, or
+    one that is more than a product of two matrices times alpha over rank.
+    """
     try:
         config = parse_object((Path(folder) / _CONFIG_FILE).read_bytes())
         check_fields(config, {"base_model_name_or_path": str, "r": int, "lora_alpha": int})
     except (OSError, ValueError):
         # What opens the folder as it is says what is wrong with it.
+        return None
+    if any(config.get(more) for more in _MORE):
         return None
     return config["base_model_name_or_path"], config["r"], config["lora_alpha"]
 

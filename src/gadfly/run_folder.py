@@ -219,7 +219,7 @@ class RunFolder:
 
     def finish(self, stage: str, **facts: Any) -> None:
         """Put a stage's steps and seconds into `summary.json`, then mark it as done."""
-        self.update_summary("stages", {stage: facts})
+        self.replace_in_summary("stages", {stage: facts})
         begun = self.read_json(f"{stage}/stage.json")
         self.write_json(f"{stage}/stage.json", {**begun, **facts, "done": True})
 

@@ -160,10 +160,13 @@ class StageAlarms:
 
     def _go_back(self, alarm: Alarm, changes: Mapping[str, float], seconds: float) -> None:
         step = note_remedy(self._run, self._stage, alarm, changes, seconds)
-        why = (
-            "" if step else f"; no checkpoint from before step {alarm.since} is kept (checkpoints.keep_last)"
-        )
-        logger.warning("%s: going back to step %d%s", self._stage, step, why)
+        logger.warning("%s: going back to step %d", self._stage, step)
+        if step == 0:
+            logger.warning(
+                "%s: there is no checkpoint from before step %d; save_every and checkpoints.keep_last decide",
+                self._stage,
+                alarm.since,
+            )
         raise GoBack
 
 
